@@ -1,0 +1,214 @@
+"""Strict configuration: pydantic models read from YAML and `key=value`, every fault in one message.
+
+A setting is described once, in the docstring under its field; `--help`, the JSON schema and the
+documentation are made from it.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, ClassVar, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from graft.errors import RecipeError, nearest
+
+_notes: ContextVar[list[str] | None] = ContextVar("graft_config_notes", default=None)
+
+
+class Config(BaseModel):
+    """A strict section of a recipe: unknown keys are errors, `aliases` are accepted with a note."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+    aliases: ClassVar[dict[str, str]] = {}
+    """Spellings of other tools, mapped to the field's own name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_aliases(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        renamed = dict(given)
+        for alias, name in cls.aliases.items():
+            if alias not in renamed or alias in cls.model_fields:
+                continue
+            if name in renamed:
+                raise ValueError(f"{alias!r} and {name!r} are the same setting: give one")
+            renamed[name] = renamed.pop(alias)
+            notes = _notes.get()
+            if notes is not None:
+                notes.append(f"{alias!r} read as {name!r}")
+        return renamed
+
+    @classmethod
+    def parse(cls, given: Any, source: str = "recipe") -> Self:
+        """Validate `given`; raises `RecipeError` naming every fault at once."""
+        return cls.parse_with_notes(given, source)[0]
+
+    @classmethod
+    def parse_with_notes(cls, given: Any, source: str = "recipe") -> tuple[Self, list[str]]:
+        """`parse`, with a note for each alias that was accepted."""
+        if not isinstance(given, Mapping):
+            raise RecipeError(f"{source}: expected keys and values, got {type(given).__name__}")
+        notes: list[str] = []
+        token = _notes.set(notes)
+        try:
+            return cls.model_validate(given), notes
+        except ValidationError as error:
+            faults = [_fault(cls, dict(fault)) for fault in error.errors()]
+            raise RecipeError(f"{source}: " + "; ".join(dict.fromkeys(faults))) from None
+        finally:
+            _notes.reset(token)
+
+
+def _fault(cls: type[BaseModel], fault: dict[str, Any]) -> str:
+    path = [str(part) for part in fault["loc"]]
+    key = ".".join(path)
+    if fault["type"] == "extra_forbidden":
+        owner = _section(cls, path[:-1])
+        known = owner.model_fields if owner else ()
+        return f"unknown key {key!r}, {nearest(path[-1], known)}"
+    if fault["type"] == "missing":
+        return f"{key!r} is missing"
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    shown = repr(fault["input"])
+    return f"{key or 'recipe'}: {message}" + (f" (got {shown})" if key and len(shown) < 60 else "")
+
+
+def _section(cls: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:
+    """The config class at `path` below `cls`, looking through optional and list types."""
+    current: type[BaseModel] | None = cls
+    for part in path:
+        if current is None:
+            return None
+        if part.isdigit():
+            continue
+        field = current.model_fields.get(part)
+        current = _config_class(field.annotation) if field else None
+    return current
+
+
+def _config_class(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in get_args(annotation):
+        found = _config_class(inner)
+        if found:
+            return found
+    return None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe subset, without duplicate keys and without anchors (which allow tiny files to grow without bound)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()
+            raise yaml.constructor.ConstructorError(
+                None, None, "anchors and aliases are not allowed", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"keys are words, got {key!r}", key_node.start_mark
+                )
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; raises `RecipeError` with the line of a fault."""
+    path = Path(path)
+    if path.is_dir():
+        raise RecipeError(f"{path} is a folder, a recipe is a YAML file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe", "see recipes/ for examples") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read as text: {error}") from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, source: str) -> dict[str, Any]:
+    """The mapping in YAML `text`; `source` names it in errors."""
+    try:
+        # _Loader is a SafeLoader: no tag can construct an object.
+        loaded = yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        raise RecipeError(f"{source}:{line}: {error.problem or error.context}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError(f"{source}: not YAML: {str(error).splitlines()[0]}") from None
+    if loaded is None:
+        raise RecipeError(f"{source}: the file is empty")
+    if not isinstance(loaded, dict):
+        raise RecipeError(f"{source}: expected keys and values, got {type(loaded).__name__}")
+    return loaded
+
+
+def override(values: Mapping[str, Any], cls: type[Config], assignments: Sequence[str]) -> dict[str, Any]:
+    """`values` with `key=value` assignments applied; the value is YAML.
+
+    `key` is a dotted path (`training.seed`) or the bare name of a setting that only one section has.
+    """
+    result: dict[str, Any] = _copy(values)
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator or not key:
+            raise RecipeError(f"{assignment!r} is not key=value")
+        path = key.split(".")
+        if len(path) == 1:
+            path = _locate(result, cls, path[0])
+        try:
+            value = yaml.load(text, Loader=_Loader) if text else None
+        except yaml.YAMLError:
+            raise RecipeError(f"{assignment!r}: the value is not YAML") from None
+        target = result
+        for part in path[:-1]:
+            inner = target.get(part)
+            if isinstance(inner, str):  # `method: lora` is short for `method: {name: lora}`
+                inner = {"name": inner}
+            target[part] = inner = dict(inner) if isinstance(inner, Mapping) else {}
+            target = inner
+        target[path[-1]] = value
+    return result
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_copy(inner) for inner in value]
+    return value
+
+
+def _locate(values: Mapping[str, Any], cls: type[Config], name: str) -> list[str]:
+    """The path of a bare setting name: the recipe itself, then the one section that has it."""
+    name = cls.aliases.get(name, name)
+    if name in cls.model_fields:
+        return [name]
+    owners = []
+    sections = cls.sections(values) if hasattr(cls, "sections") else {}
+    for section, owner in sections.items():
+        if name in owner.model_fields or name in owner.aliases:
+            owners.append(section)
+    if len(owners) == 1:
+        return [owners[0], name]
+    if owners:
+        raise RecipeError(f"{name!r} stands in {' and '.join(owners)}: write {owners[0]}.{name}=…")
+    known = set(cls.model_fields)
+    for owner in sections.values():
+        known |= set(owner.model_fields)
+    raise RecipeError(f"unknown key {name!r}, {nearest(name, known)}")

@@ -1,0 +1,1 @@
+"""Reading data files and making batches of them."""

@@ -1,0 +1,219 @@
+"""Adapter folders: PEFT's layout where peft has the method, the same shape with `GRAFT_…` types elsewhere.
+
+    adapter_config.json        what peft reads
+    adapter_model.safetensors  tensors by peft's names
+    graft.json                 settings, the base's fingerprint, the head, and a probe: outputs on fixed ids
+    README.md                  a card
+
+A folder without graft.json was written by peft; it is read all the same.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from graft import __version__
+from graft.errors import DamagedError, GraftError
+from graft.files import whole_folder, write_json, write_text
+from graft.methods.base import Method, methods, read_method
+from graft.model import Base
+from graft.parts.attach import adapter_of, attach, detach
+from graft.parts.base import Adapter
+from graft.parts.head import TaskHead, adapter_head, default_pooling, scores
+
+_KIND_TASK = {"encoder": "SEQ_CLS", "decoder": "SEQ_CLS", "encoder-decoder": "SEQ_CLS"}
+_PROBE_TOLERANCE = 0.02
+"""Largest difference of a probe's outputs, relative to their size (at least 1): fp32 and bf16 kernels of different
+machines stay far below, another base or a lost tensor far above."""
+
+
+def save(adapter: Adapter, base: Base, folder: Path, card: str = "") -> None:
+    """Write an attached adapter to `folder`, whole or not at all, and check what was written."""
+    method: Method = adapter.method
+    config, tensors = method.to_folder(adapter, base)
+    head = adapter_head(adapter)
+    if head is not None:
+        tensors |= _head_tensors(head, method.head_prefix)
+    config |= {
+        "task_type": _KIND_TASK[base.family.kind] if head is not None else None,
+        "base_model_name_or_path": _public_name(base.name),
+        "inference_mode": True,
+        "modules_to_save": sorted({name.split(".")[0] for name in head.names.values()}) if head else None,
+        "revision": None,
+        "auto_mapping": None,
+    }
+    about = {
+        "graft_version": __version__,
+        "method": {"name": method.name} | method.folded().settings(),
+        "base": {"name": _public_name(base.name), "fingerprint": base.fingerprint},
+        "head": head.description() if head is not None else None,
+        "probe": _probe(base, adapter),
+    }
+    with whole_folder(folder) as work:
+        stored = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        save_file(stored, work / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_json(work / "adapter_config.json", config)
+        write_json(work / "graft.json", about)
+        write_text(work / "README.md", card or _card(method, base))
+        _check_written(work / "adapter_model.safetensors", stored)
+
+
+def load(base: Base, folder: Path | str, name: str | None = None) -> Adapter:
+    """Read an adapter folder, attach it under `name` (default: the folder's own), check its probe and return it.
+
+    Raises `DamagedError` when it is cut off, was made for another base, or gives other outputs than when it was saved.
+    """
+    folder = Path(folder)
+    source = str(folder)
+    config = _read_json(folder / "adapter_config.json")
+    about = _read_json(folder / "graft.json") if (folder / "graft.json").exists() else {}
+    tensors = _read_tensors(folder)
+    made_for = about.get("base", {})
+    if made_for and made_for.get("fingerprint") != base.fingerprint:
+        raise DamagedError(
+            f"{source}: made for {made_for.get('name')}, whose weights differ from those of {base.name}",
+            "load the base that it was trained on",
+        )
+    with torch.random.fork_rng(devices=[]):  # building draws starting values that are overwritten below
+        method = _method(config, about, tensors, base, source)
+        adapter = method.build(base, name or _default_name(folder))
+        adapter.head = _read_head(base, about, tensors, method, source)
+    head_keys = set(_head_tensors(adapter.head, method.head_prefix)) if isinstance(adapter.head, TaskHead) else set()
+    method.load(adapter, base, {key: value for key, value in tensors.items() if key not in head_keys}, source)
+    attach(base, adapter)
+    adapter.eval()
+    if about.get("probe"):
+        _check_probe(base, adapter, about["probe"], source)
+    return adapter
+
+
+def _default_name(folder: Path) -> str:
+    name = folder.parent.name if folder.name == "adapter" else folder.name
+    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name)[:64] or "adapter"
+
+
+def _method(config: dict[str, Any], about: dict[str, Any], tensors: dict[str, Tensor], base: Base, source: str) -> Method:
+    if "method" in about:
+        try:
+            return read_method(about["method"], f"{source}/graft.json")
+        except GraftError as error:
+            raise DamagedError(error.message, "it was written by another version of Graft") from None
+    kinds = {method.peft_type: method for method in methods().values()}
+    kind = config.get("peft_type")
+    if kind not in kinds:
+        known = sorted(name for name in kinds if not name.startswith("GRAFT_"))
+        raise DamagedError(f"{source}: peft_type {kind!r} cannot be read", f"known: {', '.join(known)}")
+    return kinds[kind].from_peft(config, tensors, base, source)
+
+
+def _head_tensors(head: TaskHead, prefix: str) -> dict[str, Tensor]:
+    return {
+        f"{prefix}{head.names[layer]}.{kind}": tensor
+        for layer, kind, tensor in ((*name.split("."), tensor) for name, tensor in head.state_dict().items())
+    }
+
+
+def _read_head(
+    base: Base, about: dict[str, Any], tensors: dict[str, Tensor], method: Method, source: str
+) -> TaskHead | None:
+    described = about.get("head")
+    out = f"{method.head_prefix}{base.family.task_head['out']}.weight"
+    if described is None and out not in tensors:
+        return None
+    if described is None:
+        described = {"labels": [str(index) for index in range(tensors[out].shape[0])], "pooling": default_pooling(base)}
+    head = TaskHead.for_base(base, tuple(described["labels"]), described["pooling"], described.get("dropout", 0.1))
+    expected = _head_tensors(head, method.head_prefix)
+    wrong = [key for key, value in expected.items() if key not in tensors or tensors[key].shape != value.shape]
+    if wrong:
+        raise DamagedError(f"{source}: {len(wrong)} tensors of the task head are missing or misshapen, first {wrong[0]}")
+    with torch.no_grad():
+        for key, value in expected.items():
+            value.copy_(tensors[key])
+    return head
+
+
+@torch.no_grad()
+def _probe(base: Base, adapter: Adapter) -> list[list[float]]:
+    """Outputs [2, up to 8] on two fixed rows of ids, in evaluation mode."""
+    vocabulary = int(base.config.vocab_size)
+    ids = ((torch.arange(16) * 7919 + 1000) % vocabulary).view(2, 8).to(base.device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    training = base.model.training, adapter.training
+    base.model.eval()
+    adapter.eval()
+    try:
+        if adapter_head(adapter) is not None:
+            output = scores(base, batch, adapter.name)
+        else:
+            with base.route(adapter.name):
+                output = base.hidden(batch).last[:, -1]
+    finally:
+        base.model.train(training[0])
+        adapter.train(training[1])
+    return [[round(value, 6) for value in row] for row in output[:, :8].float().tolist()]
+
+
+def _check_probe(base: Base, adapter: Adapter, stored: list[list[float]], source: str) -> None:
+    now = torch.tensor(_probe(base, adapter))
+    then = torch.tensor(stored)
+    largest = float((now - then).abs().max()) if now.shape == then.shape else float("inf")
+    if not largest <= _PROBE_TOLERANCE * max(1.0, float(then.abs().max())):
+        detach(base, adapter.name)
+        raise DamagedError(
+            f"{source}: outputs on fixed ids differ by {largest:.3g} from those when it was saved",
+            "its files or the base were changed",
+        )
+
+
+def _check_written(path: Path, stored: dict[str, Tensor]) -> None:
+    read = load_file(path)
+    if read.keys() != stored.keys() or any(not torch.equal(read[name], stored[name]) for name in stored):
+        raise DamagedError(f"{path}: what was written is not what was to be saved", "check the disk")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DamagedError(f"{path.parent}: {path.name} is missing", "give the folder of an adapter") from None
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise DamagedError(f"{path}: expected an object, got {type(value).__name__}")
+    return value
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / "adapter_model.safetensors"
+    if not path.exists():
+        pickled = (folder / "adapter_model.bin").exists()
+        remedy = "save it again as safetensors: .bin files can run code when read" if pickled else "save it again"
+        raise DamagedError(f"{folder}: adapter_model.safetensors is missing", remedy)
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DamagedError(f"{path}: {error}", "the file is cut off or altered") from None
+
+
+def _public_name(name: str) -> str:
+    """A base's name without the private folders before it."""
+    return Path(name).name if Path(name).is_absolute() or name.startswith((".", "~")) else name
+
+
+def _card(method: Method, base: Base) -> str:
+    return (
+        f"---\nbase_model: {_public_name(base.name)}\nlibrary_name: graft\ntags: [{method.name}]\n---\n\n"
+        f"A `{method.name}` adapter for `{_public_name(base.name)}`, trained with Graft.\n\nMethod: {method.source}.\n"
+    )
+
+
+def reload(base: Base, name: str, folder: Path) -> Adapter:
+    """Replace an attached adapter by what is in its folder."""
+    detach(base, adapter_of(base, name).name)
+    return load(base, folder, name)

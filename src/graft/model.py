@@ -1,0 +1,450 @@
+"""Base models: load one, name its sites, fingerprint it, read its hidden states.
+
+A `Site` is a place where a part can sit, named by role, the same for every architecture: the linears
+`attn.q attn.k attn.v attn.o mlp.gate mlp.up mlp.down`, the blocks `attn mlp`, the softmax core
+`attention`, `embed`, `norm.attn norm.mlp norm.final` and `head`, with `enc.`, `dec.` and `cross.` in
+encoder-decoders.
+"""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from graft import assets
+from graft.errors import DamagedError, ModelError, ResourceError, RouteError, UsageError, nearest
+from graft.families import FAMILIES, Family
+from graft.routing import Entry, Route, Router
+
+LINEAR = (nn.Linear, Conv1D)
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place in the base: the module where x [B, S, d_in] enters, the module where y [B, S, d_out] leaves, and a
+    slice of y's columns when a projection is fused.
+
+    `path` is the dotted path of `leave`; `heads`, `kv_heads` and `head_dim` are set at attention sites.
+    """
+
+    name: str
+    role: str
+    layer: int | None
+    path: str
+    enter: nn.Module
+    leave: nn.Module
+    d_in: int
+    d_out: int
+    columns: slice | None = None
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+
+    @property
+    def linear(self) -> bool:
+        """Whether this is one matrix (or a column block of one)."""
+        return isinstance(self.leave, LINEAR)
+
+    @property
+    def key(self) -> str:
+        """The name without dots, unique among the sites of one module."""
+        return self.name.replace(".", "_")
+
+    def dense_weight(self) -> Tensor:
+        """The host's weight [d_out, d_in]."""
+        weight: Tensor = self.leave.get_parameter("weight")
+        weight = weight.T if isinstance(self.leave, Conv1D) else weight
+        return weight if self.columns is None else weight[self.columns]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The host's bias [d_out], if it has one."""
+        bias = dict(self.leave.named_parameters(recurse=False)).get("bias")
+        return bias if bias is None or self.columns is None else bias[self.columns]
+
+    def host_update(self, weight: Tensor) -> dict[str, Tensor]:
+        """Full new tensors of the host, by path, for a new value [d_out, d_in] of this site's weight."""
+        host: Tensor = self.leave.get_parameter("weight").detach().clone()
+        view = host.T if isinstance(self.leave, Conv1D) else host
+        view[self.columns if self.columns is not None else slice(None)] = weight.to(host.dtype)
+        return {f"{self.path}.weight": host}
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What a body gives: `last` [B, S, d], `pooled` [B, d] where the base has a pooler, and the mask [B, S] of `last`."""
+
+    last: Tensor
+    pooled: Tensor | None
+    mask: Tensor
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self.last.shape[0]
+
+
+@dataclass(eq=False)
+class Base:
+    """A pretrained model with named sites. Its modules and tensors are never renamed, wrapped or copied."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None = None
+    name: str = "model"
+    fresh: tuple[str, ...] = ()
+    """Parameters that the checkpoint does not have, started at random."""
+    router: Router = field(default_factory=Router)
+    adapters: dict[str, nn.Module] = field(default_factory=dict)
+    exclusive: str | None = None
+    """The adapter that trains the base in place, if there is one; nothing else can then be routed."""
+
+    def __post_init__(self) -> None:
+        kind = self.model.config.model_type
+        if kind not in FAMILIES:
+            raise ModelError(f"{self.name}: architecture {kind!r} is not known", nearest(kind, FAMILIES))
+        self.family: Family = FAMILIES[kind]
+        self.sites: tuple[Site, ...] = tuple(_find_sites(self.model, self.family))
+        self.modules_by_path = dict(self.model.named_modules())
+        self.model.requires_grad_(False)
+        self.fingerprint = self._fingerprint()
+
+    @property
+    def body(self) -> nn.Module:
+        """The model without its output head."""
+        return self.model.get_submodule(self.family.body)
+
+    @property
+    def config(self) -> Any:
+        """The transformers config."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def hidden_size(self) -> int:
+        """Width d of the hidden states."""
+        return int(self.config.hidden_size)
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest row that the position table allows, None when there is no table."""
+        if self.family.positions != "absolute":
+            return None
+        size = int(self.config.max_position_embeddings)
+        return size - self.config.pad_token_id - 1 if self.family.starts_after_pad else size
+
+    def state(self) -> dict[str, Tensor]:
+        """The base's own tensors by name, without any part that is attached."""
+        return {name: tensor for name, tensor in self.model.state_dict().items() if ".graft." not in f".{name}"}
+
+    def parameter_count(self) -> int:
+        """Number of the base's own parameters, tied ones once."""
+        own = {id(p): p for name, p in self.model.named_parameters() if ".graft." not in f".{name}"}
+        return sum(parameter.numel() for parameter in own.values())
+
+    def _fingerprint(self) -> str:
+        """sha256 over names, shapes and up to 1,024 evenly spaced values of every tensor, as bf16: another base, or a
+        changed one, has another fingerprint; one loaded in another precision has the same."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state().items()):
+            flat = tensor.detach().reshape(-1)
+            step = max(1, flat.numel() // 1024)
+            values = flat[::step][:1024].to("cpu", torch.bfloat16).to(torch.float32)
+            digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.numpy().tobytes())
+        return digest.hexdigest()
+
+    @contextmanager
+    def route(self, entry: Entry | Route) -> Iterator[None]:
+        """Send the rows of every call inside through `entry`, or as a `Route` says."""
+        route = entry if isinstance(entry, Route) else Route.all(entry)
+        if self.exclusive is not None and route.stacks != ((self.exclusive,),):
+            raise RouteError(
+                f"{self.exclusive!r} trains the base in place, so nothing else can be routed",
+                "reload the base, or give the method `exclusive: false`",
+            )
+        with self.router.use(route):
+            yield
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward pass: non-reentrant, and under the route of the forward pass."""
+        self.model.gradient_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": self.router.checkpoint_contexts}
+        )
+
+    def hidden(self, batch: Mapping[str, Tensor]) -> Hidden:
+        """Hidden states of the current route for `input_ids` [B, S] and `attention_mask` [B, S].
+
+        An encoder-decoder reads the row on both sides (the decoder shifted right, as transformers' sequence
+        classifiers do) and gives the decoder's states.
+        """
+        mask = batch["attention_mask"]
+        inputs = {key: value for key, value in batch.items() if key in ("input_ids", "attention_mask", "token_type_ids")}
+        if self.family.kind == "encoder-decoder":
+            return self._decoder_hidden(inputs, mask)
+        if bool((mask[:, 0] == 0).any()):
+            # Left padding: transformers counts positions from the pad, so a row's result would depend on its batch.
+            inputs["position_ids"] = self.position_ids(mask)
+        if self.family.kind == "decoder":
+            inputs["use_cache"] = False  # type: ignore[assignment]
+            inputs.pop("token_type_ids", None)  # GPT-2 would add word embeddings for them
+        output = self.body(**inputs)
+        return Hidden(output.last_hidden_state, output.get("pooler_output"), mask)
+
+    def _decoder_hidden(self, inputs: dict[str, Tensor], mask: Tensor) -> Hidden:
+        ids = inputs["input_ids"]
+        # T5's own configuration class has no decoder_start_token_id; its decoder starts with the pad token.
+        first = getattr(self.config, "decoder_start_token_id", None)
+        start = torch.full_like(ids[:, :1], first if first is not None else self.config.pad_token_id)
+        encoded = self.model.get_submodule("encoder")(input_ids=ids, attention_mask=mask).last_hidden_state
+        decoded = self.model.get_submodule("decoder")(
+            input_ids=torch.cat([start, ids[:, :-1]], dim=1),
+            encoder_hidden_states=encoded,
+            encoder_attention_mask=mask,
+            use_cache=False,
+        )
+        return Hidden(decoded.last_hidden_state, None, mask)
+
+    def position_ids(self, mask: Tensor) -> Tensor:
+        """Positions [B, S] counted over the real tokens of a mask [B, S]; 0 at padding before them."""
+        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        return positions + self.first_position
+
+    @property
+    def first_position(self) -> int:
+        """The position id of a row's first token."""
+        return int(self.config.pad_token_id) + 1 if self.family.starts_after_pad else 0
+
+    def select(self, patterns: Sequence[str] | str, linear_only: bool = False) -> list[Site]:
+        """The sites that match: a role (`attn.q`), a site's name (`layers.3.attn.q`), the end of a module path as PEFT
+        spells it (`q_proj`, `query`, `c_attn`), or `all-linear` (every matrix inside the layers, fused ones whole).
+
+        Raises `UsageError` for a pattern that matches nothing.
+        """
+        chosen: dict[str, Site] = {}
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            found = self._match(pattern, linear_only)
+            if not found:
+                kind = "linear site" if linear_only else "site"
+                raise UsageError(f"{pattern!r} matches no {kind} of {self.name}", nearest(pattern, self.site_names()))
+            chosen |= {site.name: site for site in found}
+        order = {site.name: position for position, site in enumerate(self.sites)}
+        return sorted(chosen.values(), key=lambda site: order.get(site.name, len(order)))
+
+    def site_names(self) -> list[str]:
+        """Every name that `select` knows for this base: roles, and last parts of module paths."""
+        roles = {site.role for site in self.sites} | {_bare(site.role) for site in self.sites}
+        modules = {path.rsplit(".", 1)[-1] for path, module in self.modules_by_path.items() if isinstance(module, LINEAR)}
+        return sorted(roles | modules | {"all-linear"})
+
+    def _match(self, pattern: str, linear_only: bool) -> list[Site]:
+        if pattern == "all-linear":
+            return [site for site in self.sites if site.linear and site.columns is None and site.layer is not None]
+        named = [
+            site
+            for site in self.sites
+            if pattern in (site.role, site.name) or _bare(site.role) == pattern
+        ] or [
+            site
+            for site in self.sites
+            if site.linear and site.columns is None and (site.path == pattern or site.path.endswith(f".{pattern}"))
+        ]
+        return [site for site in named if site.linear or not linear_only]
+
+
+def _bare(role: str) -> str:
+    """`attn.q` for `enc.attn.q` and `dec.attn.q`; cross attention keeps its name."""
+    return role.removeprefix("enc.").removeprefix("dec.")
+
+
+def _find_sites(model: PreTrainedModel, family: Family) -> Iterator[Site]:
+    body = model.get_submodule(family.body)
+    hidden = int(model.config.hidden_size)
+    prefix = f"{family.body}." if family.body else ""
+    yield _site("embed", "embed", None, model, f"{prefix}{family.embed}", hidden=hidden)
+    for stack in family.stacks:
+        for index in range(len(body.get_submodule(stack.layers))):
+            layer = f"{prefix}{stack.layers}.{index}"
+            for role, spot in stack.spots.items():
+                if not _exists(model, f"{layer}.{spot.out}"):
+                    continue
+                site = _site(
+                    f"{stack.prefix}layers.{index}.{role}",
+                    f"{stack.prefix}{role}",
+                    index,
+                    model,
+                    f"{layer}.{spot.out}",
+                    enter=f"{layer}.{spot.enter}",
+                    hidden=hidden,
+                    share=(spot.part, spot.parts),
+                )
+                yield site
+    if family.final_norm:
+        yield _site("norm.final", "norm.final", None, model, f"{prefix}{family.final_norm}", hidden=hidden)
+    if family.lm_head:
+        yield _site("head", "head", None, model, family.lm_head, hidden=hidden)
+
+
+def _exists(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _site(
+    name: str,
+    role: str,
+    layer: int | None,
+    model: PreTrainedModel,
+    path: str,
+    *,
+    hidden: int,
+    enter: str | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> Site:
+    leave = model.get_submodule(path)
+    sizes: dict[str, int] = {"d_in": hidden, "d_out": hidden}
+    columns = None
+    if isinstance(leave, LINEAR):
+        weight = leave.weight
+        d_out, d_in = weight.shape if isinstance(leave, nn.Linear) else (weight.shape[1], weight.shape[0])
+        part, parts = share
+        width = d_out // parts
+        columns = slice(part * width, (part + 1) * width) if parts > 1 else None
+        sizes = {"d_in": d_in, "d_out": width}
+    elif role.endswith("attention"):
+        config = model.config
+        heads = int(config.num_attention_heads)
+        sizes |= {
+            "heads": heads,
+            "kv_heads": int(getattr(config, "num_key_value_heads", None) or heads),
+            "head_dim": int(getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or hidden // heads),
+        }
+    return Site(name, role, layer, path, model.get_submodule(enter or path), leave, columns=columns, **sizes)
+
+
+def load_base(name: str, *, dtype: torch.dtype = torch.float32) -> Base:
+    """Load a base model by starter name, local folder or hub id.
+
+    Weights are read from safetensors only and no code of the model's repository is run. Raises `ModelError` (missing, incomplete, unknown
+    architecture), `DamagedError` (weights cut off) or `ResourceError` (no network for a hub id).
+    """
+    source = _source(name)
+    transformers_logging.disable_progress_bar()
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        return _load(name, source, dtype)
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def _load(name: str, source: str, dtype: torch.dtype) -> Base:
+    def attempt(what: str, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+            raise _load_error(name, source, what, error) from error
+        except Exception as error:  # safetensors' own error type is not importable by name in every version
+            if "safetensor" not in type(error).__name__.lower():
+                raise
+            raise DamagedError(f"{name}: the weights are damaged ({_first_line(error)})", "fetch the model again") from error
+
+    config = attempt("config", lambda: AutoConfig.from_pretrained(source, trust_remote_code=False))
+    if config.model_type not in FAMILIES:
+        raise ModelError(f"{name}: architecture {config.model_type!r} is not known", nearest(config.model_type, FAMILIES))
+    kind = FAMILIES[config.model_type].kind
+    factory = {"encoder": AutoModel, "decoder": AutoModelForCausalLM, "encoder-decoder": AutoModelForSeq2SeqLM}[kind]
+    tokenizer = attempt("tokenizer", lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=False))
+    model, report = attempt(
+        "weights",
+        lambda: factory.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        ),
+    )
+    missing = tuple(sorted(report["missing_keys"]))
+    unusable = [key for key in missing if "pooler" not in key]
+    if unusable:
+        raise ModelError(
+            f"{name}: {len(unusable)} tensors are missing from the weights, first {unusable[0]!r}", "fetch the model again"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Base(model.eval(), tokenizer, name, fresh=missing)
+
+
+def _source(name: str) -> str:
+    if name in assets.ASSETS and assets.ASSETS[name].kind == "model":
+        return str(assets.folder(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _checked_folder(name, path)
+    if path.exists():
+        raise ModelError(f"{name} is a file, a base model is a folder, a hub id or a starter name")
+    local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if local:
+        starters = [key for key, asset in assets.ASSETS.items() if asset.kind == "model"]
+        raise ModelError(f"{name}: no such model folder", f"starter models: {', '.join(starters)}")
+    return name
+
+
+def _checked_folder(name: str, path: Path) -> str:
+    if (path / "adapter_config.json").exists():
+        raise ModelError(f"{name} is an adapter, not a base model", "give the base that it was trained on")
+    config = path / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{name}: config.json is missing", "a model folder holds config.json, weights and a tokenizer")
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise DamagedError(f"{name}: config.json cannot be read ({_first_line(error)})", "fetch the model again") from None
+    if not any(path.glob("*.safetensors")):
+        pickled = any(path.glob("*.bin"))
+        remedy = "convert the .bin weights, which can run code when read, to safetensors" if pickled else "fetch the model again"
+        raise ModelError(f"{name}: no .safetensors weights", remedy)
+    if not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
+        raise ModelError(f"{name}: no tokenizer files", "copy tokenizer.json beside the weights")
+    return str(path)
+
+
+def _load_error(name: str, source: str, what: str, error: Exception) -> Exception:
+    first = _first_line(error)
+    if Path(source).is_dir():
+        damaged = what == "weights"
+        kind = DamagedError if damaged else ModelError
+        return kind(f"{name}: the {what} cannot be read ({first})", "fetch the model again")
+    if any(sign in str(error).lower() for sign in ("connect", "resolve", "offline", "internet", "timed out")):
+        return ResourceError(f"{name}: the model hub cannot be reached", "check the network, or give a local folder")
+    return ModelError(f"{name}: the {what} cannot be loaded ({first})", "check the hub id")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
+
+
+def signature_of(module: nn.Module) -> inspect.Signature:
+    """The call signature of a module's forward."""
+    return inspect.signature(module.forward)

@@ -1,0 +1,280 @@
+"""Attaching adapters to a base, by hooks; detaching restores it bit for bit.
+
+Parts live as submodules of their hosts (under the name `graft`), so that `.to()`, DDP and FSDP see them;
+`Base.state()` leaves them out.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from graft.errors import DamagedError, RouteError, UsageError, nearest
+from graft.model import Base, Hidden, Site
+from graft.parts.attention import close_slots, open_slot, slot_at
+from graft.parts.base import Adapter, Part
+from graft.parts.tokens import Tokens
+from graft.routing import Entry, Route, by_rows, take
+
+_HOST = "_graft_host"
+_TOKENS = "_graft_tokens"
+
+
+class Host:
+    """The parts of the sites that end in one module, and its hooks.
+
+    Values of a part's own come first, then outputs in the order in which sites were first used.
+    """
+
+    def __init__(self, base: Base, module: nn.Module, path: str) -> None:
+        self.router = base.router
+        self.module = module
+        self.path = path
+        self.shared_by_rows = any(path.endswith(name) for name in base.family.unroutable)
+        self.own: dict[str, Part] = {}
+        self.after: dict[str, tuple[Site, dict[str, Part]]] = {}
+        self.inputs: dict[str, Tensor] = {}
+        self.busy = False
+        self.handles: list[Any] = [module.register_forward_hook(self._leave, with_kwargs=True)]
+
+    def add(self, site: Site, name: str, part: Part) -> None:
+        """Put the part of adapter `name` at `site`."""
+        if part.does("own"):
+            self.own[name] = part
+        if part.does("after"):
+            if site.key not in self.after:
+                self.after[site.key] = (site, {})
+                if site.enter is not site.leave:
+                    self._watch(site)
+            self.after[site.key][1][name] = part
+
+    def drop(self, name: str) -> None:
+        """Take the parts of adapter `name` away."""
+        self.own.pop(name, None)
+        for _, parts in self.after.values():
+            parts.pop(name, None)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no part is left."""
+        return not self.own and not any(parts for _, parts in self.after.values())
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+
+    def _watch(self, site: Site) -> None:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            host = module.__dict__.get(_HOST)
+            if not (isinstance(host, Host) and host.busy):
+                self.inputs[site.key] = _input(args, kwargs)
+
+        self.handles.append(site.enter.register_forward_pre_hook(enter, with_kwargs=True))
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self.busy:  # the call below, with a part's own values
+            return None
+        y = output[0] if isinstance(output, tuple) else output
+        if self.own:
+            y = self._with_own(y, args, kwargs)
+        for key, (site, parts) in self.after.items():
+            if parts:
+                x = _input(args, kwargs) if site.enter is site.leave else self.inputs.pop(key)
+                y = self._after(site, parts, x, y)
+        return (y, *output[1:]) if isinstance(output, tuple) else y
+
+    def _after(self, site: Site, parts: dict[str, Part], x: Tensor, y: Tensor) -> Tensor:
+        columns = site.columns
+        old = y if columns is None else y[..., columns]
+
+        def adapted(chain: list[Part], rows: Tensor | None) -> Tensor:
+            inputs, result = take(x, rows), take(old, rows)
+            for part in chain:
+                result = part.after(inputs, result).to(old.dtype)
+            return result
+
+        new = by_rows(self.router, parts, lambda rows: take(old, rows), adapted, x.shape[0], site.name)
+        if columns is None:
+            return new
+        return torch.cat([y[..., : columns.start], new, y[..., columns.stop :]], dim=-1)
+
+    def _with_own(self, y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        route = self.router.require()
+        if not any(name in self.own for name in route.names()):
+            return y
+        if route.uniform is None and self.shared_by_rows:
+            raise RouteError(
+                f"all rows share the output of {self.path}, so rows cannot have values of their own there",
+                "route all rows of the batch through one adapter",
+            )
+
+        def adapted(chain: list[Part], rows: Tensor | None) -> Tensor:
+            values = {name: value for part in chain for name, value in part.own().items()}
+            inputs = (take(args[0], rows), *args[1:])
+            self.busy = True
+            try:
+                result: Tensor = functional_call(self.module, values, inputs, kwargs).to(y.dtype)
+            finally:
+                self.busy = False
+            return result
+
+        # A table of positions is looked up once for all rows, with a batch dimension of 1.
+        size = args[0].shape[0] if args[0].shape[0] != 1 or route.size is None else route.size
+        return by_rows(self.router, self.own, lambda rows: take(y, rows), adapted, size, self.path)
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states of a call: Llama passes them to its blocks by keyword."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def attach(base: Base, adapter: Adapter) -> None:
+    """Put an adapter's parts into the base. Nothing goes through them until a route says so.
+
+    An exclusive adapter, whose parts are the base's own tensors, must be the only one.
+    """
+    if adapter.name in base.adapters:
+        raise UsageError(f"an adapter {adapter.name!r} is attached already", "detach it first, or use another name")
+    if base.exclusive is not None or (adapter.exclusive and base.adapters):
+        alone = base.exclusive or adapter.name
+        raise UsageError(
+            f"{alone!r} trains the base in place, so it must be the only adapter", "give the method `exclusive: false`"
+        )
+    base.adapters[adapter.name] = adapter
+    base.router.order.append(adapter.name)
+    adapter.to(base.device)
+    if adapter.exclusive:
+        base.exclusive = adapter.name
+    else:
+        for site, part in adapter.placed:
+            _place(base, site, adapter.name, part)
+    _refresh(base)
+
+
+def _place(base: Base, site: Site, name: str, part: Part) -> None:
+    lodging = site.leave._modules.setdefault("graft", nn.ModuleDict())
+    assert isinstance(lodging, nn.ModuleDict)
+    if site.key not in lodging:
+        lodging[site.key] = nn.ModuleDict()
+    lodging[site.key][f"adapter_{name}"] = part  # type: ignore[index, operator]
+    if part.does("own") or part.does("after"):
+        host = site.leave.__dict__.get(_HOST)
+        if host is None:
+            host = site.leave.__dict__[_HOST] = Host(base, site.leave, site.path)
+        host.add(site, name, part)
+    if part.does("attend"):
+        open_slot(base, site.leave, site.name).parts[name] = part
+
+
+def detach(base: Base, name: str) -> Adapter:
+    """Take an adapter out of the base and return it. The base is then as it was before, bit for bit, except
+    after an exclusive adapter: its training is in the base's tensors until the base is loaded again."""
+    adapter = adapter_of(base, name)
+    del base.adapters[name]
+    base.router.order.remove(name)
+    if base.exclusive == name:
+        base.exclusive = None
+    for site, _ in adapter.placed:
+        module = site.leave
+        host = module.__dict__.get(_HOST)
+        if host is not None:
+            host.drop(name)
+            if host.empty:
+                host.remove()
+                del module.__dict__[_HOST]
+        slot = slot_at(module)
+        if slot is not None:
+            slot.parts.pop(name, None)
+        lodging = module._modules.get("graft")
+        if isinstance(lodging, nn.ModuleDict) and site.key in lodging:
+            lodging[site.key]._modules.pop(f"adapter_{name}", None)
+            if not len(lodging[site.key]):  # type: ignore[arg-type]
+                del lodging[site.key]
+            if not len(lodging):
+                del module._modules["graft"]
+    close_slots(base)
+    _refresh(base)
+    return adapter
+
+
+def _refresh(base: Base) -> None:
+    """Set the body's hooks for the adapters that are attached now, and make compiled code see the change."""
+    tokens = base.model.__dict__.pop(_TOKENS, None)
+    if tokens is not None:
+        tokens.remove()
+    if base.adapters and base.exclusive is None:
+        base.model.__dict__[_TOKENS] = Tokens(base, {name: adapter_of(base, name) for name in base.adapters})
+    # torch guards no hooks: code compiled before would go on without the new parts. Each adapter alone, the
+    # plain base and mixed batches are graphs of their own; past the limit torch would run eagerly without a word.
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = max(8, 4 * (len(base.adapters) + 2))
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
+def adapter_of(base: Base, name: str) -> Adapter:
+    """The attached adapter of this name."""
+    adapter = base.adapters.get(name)
+    if not isinstance(adapter, Adapter):
+        raise RouteError(f"no adapter {name!r} is attached", nearest(name, base.adapters) if base.adapters else "")
+    return adapter
+
+
+def widest(base: Base, route: Route) -> int:
+    """Columns that virtual tokens take before the rows of a batch under `route`, in its key/value cache too."""
+    tokens = base.model.__dict__.get(_TOKENS)
+    return tokens.width(route) if isinstance(tokens, Tokens) else 0
+
+
+def hidden_states(base: Base, batch: dict[str, Tensor], entry: Entry | Route) -> Hidden:
+    """`Base.hidden` under a route, with rows that need no gradient in a pass of their own.
+
+    In one pass the plain rows of a mixed batch carry the graph of the trained ones: twice the activations.
+    """
+    route = entry if isinstance(entry, Route) else Route.all(entry)
+    trained, still = _split(base, route)
+    if not (trained and still and torch.is_grad_enabled()):
+        with base.route(route):
+            return base.hidden(batch)
+    with base.route(route.select(trained)):
+        first = base.hidden({key: value[trained] for key, value in batch.items()})
+    with base.route(route.select(still)), torch.no_grad():
+        second = base.hidden({key: value[still] for key, value in batch.items()})
+    order = torch.tensor([*trained, *still], device=first.last.device).argsort()
+    pooled = None
+    if first.pooled is not None and second.pooled is not None:
+        pooled = torch.cat([first.pooled, second.pooled])[order]
+    return Hidden(torch.cat([first.last, second.last])[order], pooled, batch["attention_mask"])
+
+
+def _split(base: Base, route: Route) -> tuple[list[int], list[int]]:
+    trained: list[int] = []
+    still: list[int] = []
+    if route.size is None:
+        return trained, still
+    for index in range(route.size):
+        adapters = [adapter_of(base, name) for name in route.row(index)]
+        (trained if any(adapter.trainable() for adapter in adapters) else still).append(index)
+    return trained, still
+
+
+def merge_into(base: Base, name: str) -> None:
+    """Write an attached adapter into the base's tensors, in place, and detach it.
+
+    Raises `NotMergeable` before anything is changed.
+    """
+    adapter = adapter_of(base, name)
+    if not adapter.exclusive:
+        for site, part in adapter.placed:
+            part.merge(site)
+    detach(base, name)
+    if adapter.exclusive:
+        return
+    own = dict(base.model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for site, part in adapter.placed:
+            for path, value in part.merge(site).items():
+                if path not in own or own[path].shape != value.shape:
+                    raise DamagedError(f"{site.name} merges into {path}, which the base does not have in that shape")
+                own[path].copy_(value)

@@ -1,0 +1,140 @@
+"""Parts at the softmax core, through the attention registry of transformers.
+
+While at least one attending part is attached, the model's attention implementation is `graft`: PyTorch's scaled
+dot product attention for plain rows, exactly as `sdpa` calls it, and the parts' `attend` for their own rows.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from graft.errors import ModelError
+from graft.model import Base
+from graft.parts.base import Core, Part
+from graft.routing import Router, by_rows, take
+
+NAME = "graft"
+_SLOT = "_graft_attention"
+
+
+class AttentionSlot:
+    """The attending parts at one attention module, by adapter."""
+
+    def __init__(self, router: Router, where: str) -> None:
+        self.router = router
+        self.where = where
+        self.parts: dict[str, Part] = {}
+
+
+def slot_at(module: nn.Module) -> AttentionSlot | None:
+    """The slot of an attention module, if parts are there."""
+    return module.__dict__.get(_SLOT)
+
+
+def open_slot(base: Base, module: nn.Module, where: str) -> AttentionSlot:
+    """The slot of an attention module, made when missing; the first one switches the implementation."""
+    if base.config._attn_implementation != NAME:
+        before = base.config._attn_implementation
+        base.model.set_attn_implementation(NAME)
+        if base.config._attn_implementation != NAME:
+            raise ModelError(f"{base.name}: its attention cannot be replaced, so nothing can attend in it")
+        base.model.__dict__["_graft_attention_before"] = before
+    return module.__dict__.setdefault(_SLOT, AttentionSlot(base.router, where))
+
+
+def close_slots(base: Base) -> None:
+    """Remove empty slots, and restore the model's own implementation after the last."""
+    for module in base.model.modules():
+        slot = slot_at(module)
+        if slot is not None and not slot.parts:
+            del module.__dict__[_SLOT]
+    if not any(slot_at(module) for module in base.model.modules()):
+        before = base.model.__dict__.pop("_graft_attention_before", None)
+        if before is not None:
+            # set_attn_implementation writes into the config, which would be saved with the model.
+            base.model.set_attn_implementation(before)
+
+
+def graft_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: q [B, heads, S, d], k and v [B, kv_heads, T, d] -> [B, S, heads, d]."""
+
+    def sdpa(rows: Tensor | None) -> Tensor:
+        bias = None if position_bias is None else take(position_bias, rows)
+        mask = None if attention_mask is None else take(attention_mask, rows)
+        q, k, v = (take(tensor, rows) for tensor in (query, key, value))
+        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": bias}
+        output: Tensor = sdpa_attention_forward(module, q, k, v, mask, **options, **kwargs)[0]
+        return output
+
+    slot = slot_at(module)
+    if slot is None:
+        return sdpa(None), None
+
+    def core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        output: Tensor = sdpa_attention_forward(
+            module, q, k, v, mask, dropout=dropout, scaling=scaling, is_causal=False, **kwargs
+        )[0]
+        return output
+
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    mask = _explicit_mask(attention_mask, position_bias, query, key, causal)
+
+    def attend(chain: list[Part], rows: Tensor | None) -> Tensor:
+        call: Core = core
+        for part in reversed(chain):
+            call = _nested(part, call)
+        return call(
+            take(query, rows), take(key, rows), take(value, rows), None if mask is None else take(mask, rows)
+        )
+
+    return by_rows(slot.router, slot.parts, sdpa, attend, query.shape[0], slot.where), None
+
+
+def _nested(part: Part, inner: Core) -> Core:
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return part.attend(inner, q, k, v, mask)
+
+    return call
+
+
+def _explicit_mask(
+    mask: Tensor | None, bias: Tensor | None, query: Tensor, key: Tensor, causal: bool
+) -> Tensor | None:
+    """What `sdpa` would apply, as one mask: causality that it takes from a flag, and T5's position bias."""
+    rows, columns = query.shape[2], key.shape[2]
+    if mask is None and causal and rows > 1:
+        mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril()[None, None]
+    if bias is None:
+        return mask
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    return bias + mask
+
+
+def widen_mask(mask: Tensor | None, n: int) -> Tensor | None:
+    """The mask [..., S, T] with n keys in front that every query sees: [..., S, n + T]."""
+    if mask is None:
+        return None
+    return F.pad(mask, (n, 0), value=True if mask.dtype == torch.bool else 0.0)
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, graft_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -1,0 +1,130 @@
+"""Parts and adapters: what a method puts at one site, and a named set of them."""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from graft.errors import NotMergeable, UsageError
+from graft.model import Site
+
+if TYPE_CHECKING:
+    from graft.methods.base import Method
+
+Core = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Attention as (q, k, v, mask) -> out: q [B, heads, S, d], k and v [B, kv_heads, T, d], mask bool or additive
+[B or 1, 1 or heads, S, T] (None: everything is seen), out [B, S, heads, d]."""
+
+
+class Part(nn.Module):
+    """What a method puts at one site. A subclass overrides what it needs of `after`, `attend`, `virtual` and `own`.
+
+    Routing is done around it: a part is called with its own rows only.
+    """
+
+    positions: int = 0
+    """Positions that this part's attended or input tokens take before a row's first token."""
+
+    pool_virtual: bool = False
+    """Whether a pooler reads the first virtual token rather than the row's first own token."""
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """The output [B, S, d_out] to use instead of y, from the site's input x [B, S, d_in] and output y."""
+        raise NotImplementedError
+
+    def attend(self, core: Core, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention [B, S, heads, d] through `core`, with other keys, values or mask."""
+        raise NotImplementedError
+
+    def virtual(self) -> Tensor:
+        """Virtual tokens [n, d] put before the embedded row."""
+        raise NotImplementedError
+
+    def own(self) -> dict[str, Tensor]:
+        """Values that replace the host's tensors for this part's rows, by the host's own names."""
+        raise NotImplementedError
+
+    def merge(self, site: Site) -> dict[str, Tensor]:
+        """New host tensors by path, such that the base alone computes what the attached part computes.
+
+        Raises `NotMergeable` with the reason; most parts that are not linear in the site's input do.
+        """
+        raise NotMergeable(f"{type(self).__name__} at {site.name} computes what no weight of the base can")
+
+    def does(self, name: str) -> bool:
+        """Whether this part overrides one of the methods above."""
+        return getattr(type(self), name) is not getattr(Part, name)
+
+
+class Adapter(nn.Module):
+    """A named set of parts on one base, what they share, and a task head.
+
+    `exclusive` adapters train the base's tensors in place: their parts hold the base's own parameters.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        method: "Method",
+        placed: list[tuple[Site, Part]],
+        shared: nn.Module | None = None,
+        exclusive: bool = False,
+    ) -> None:
+        super().__init__()
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+            raise UsageError(f"adapter name {name!r}: letters, digits, '-' and '_' only, at most 64")
+        self.name = name
+        self.method = method
+        self.placed = placed
+        self.parts = nn.ModuleList(part for _, part in placed)
+        self.shared = shared
+        self.head: nn.Module | None = None
+        self.exclusive = exclusive
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything the adapter holds, by stable names: `<site>.<tensor>`, `shared.<tensor>`, `head.<tensor>`."""
+        return {name: tensor.detach() for name, tensor in self.named_tensors()}
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Like `tensors`, with the live parameters and buffers; one that several sites share comes once."""
+        modules: list[tuple[str, nn.Module]] = [(site.name, part) for site, part in self.placed]
+        modules += [(name, module) for name, module in (("shared", self.shared), ("head", self.head)) if module]
+        seen: set[int] = set()
+        for prefix, module in modules:
+            for name, tensor in _tensors(module):
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield f"{prefix}.{name}", tensor
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that train, by name."""
+        return [
+            (name, tensor)
+            for name, tensor in self.named_tensors()
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        ]
+
+    def trainable_count(self) -> int:
+        """Number of trainable parameters, head included."""
+        return sum(parameter.numel() for _, parameter in self.trainable())
+
+    @property
+    def positions(self) -> int:
+        """Positions that attended tokens (a prefix) take before each row; virtual input tokens are not counted."""
+        return max((part.positions for part in self.parts if part.does("attend")), default=0)
+
+    def virtual_parts(self) -> list[Part]:
+        """The parts that give virtual input tokens."""
+        return [part for part in self.parts if part.does("virtual")]
+
+
+def at_dtype_of(x: Tensor, weight: Tensor) -> Tensor:
+    """x as a matrix product with `weight` needs it; autocast chooses by itself."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in module.state_dict())

@@ -1,0 +1,63 @@
+"""Values that replace the base's own tensors: what full and frozen fine-tuning train."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from graft.errors import UsageError
+from graft.model import Base, Site
+from graft.parts.base import Part
+
+
+class OwnPart(Part):
+    """New values for some tensors of one module, by the module's own names."""
+
+    def __init__(self, values: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        for name, value in values.items():
+            self.register_parameter(name, value)
+
+    def own(self) -> dict[str, Tensor]:
+        """The values."""
+        return dict(self.named_parameters())
+
+    def merge(self, site: Site) -> dict[str, Tensor]:
+        """The values, by path."""
+        return {f"{site.path}.{name}": value.detach() for name, value in self.named_parameters()}
+
+
+def own_parts(base: Base, wanted: Callable[[str], bool], exclusive: bool) -> list[tuple[Site, OwnPart]]:
+    """A part at every module that has parameters whose name (dotted, in the base) is `wanted`.
+
+    Exclusive parts hold the base's own parameters, others hold copies in fp32; a parameter that several modules share
+    (tied embeddings) is one in both cases.
+    """
+    copies: dict[int, nn.Parameter] = {}
+    placed = []
+    for path, module in base.modules_by_path.items():
+        chosen = {
+            name: parameter
+            for name, parameter in module.named_parameters(recurse=False)
+            if wanted(f"{path}.{name}") or id(parameter) in copies
+        }
+        if not chosen:
+            continue
+        if not exclusive and any(child != "graft" for child, _ in module.named_children()):
+            raise UsageError(
+                f"{path} holds parameters beside modules, so rows cannot have values of their own there",
+                "use `exclusive: true`",
+            )
+        values = {}
+        for name, parameter in chosen.items():
+            if id(parameter) not in copies:
+                # Masters are fp32: a bf16 weight loses updates below 1/256 of its size.
+                copy = parameter if exclusive else nn.Parameter(parameter.detach().to(torch.float32, copy=True))
+                copies[id(parameter)] = copy.requires_grad_(True)
+            values[name] = copies[id(parameter)]
+        placed.append((_module_site(path, module), OwnPart(values)))
+    return placed
+
+
+def _module_site(path: str, module: nn.Module) -> Site:
+    return Site(name=path, role="module", layer=None, path=path, enter=module, leave=module, d_in=0, d_out=0)
