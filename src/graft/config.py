@@ -25,6 +25,9 @@ class Config(BaseModel):
     aliases: ClassVar[dict[str, str]] = {}
     """Spellings of other tools, mapped to the field's own name."""
 
+    default_names: ClassVar[dict[str, str]] = {}
+    """For a section that is one of several classes: the class when only settings are given."""
+
     @model_validator(mode="before")
     @classmethod
     def _rename_aliases(cls, given: Any) -> Any:
@@ -180,6 +183,8 @@ def override(values: Mapping[str, Any], cls: type[Config], assignments: Sequence
             inner = target.get(part)
             if isinstance(inner, str):  # `method: lora` is short for `method: {name: lora}`
                 inner = {"name": inner}
+            if inner is None and part in cls.default_names:
+                inner = {"name": cls.default_names[part]}
             target[part] = inner = dict(inner) if isinstance(inner, Mapping) else {}
             target = inner
         target[path[-1]] = value

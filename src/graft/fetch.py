@@ -167,10 +167,10 @@ def _last_words(output: str) -> str:
     lines = [re.sub(r"//[^/\s@]+@", "//", line.strip()) for line in output.splitlines() if line.strip()]
     broken = [line for line in lines if "connection broken by" in line]
     if broken:
-        cause = re.search(r"connection broken by '?(.+?)'?: /", broken[-1])
-        reason = cause.group(1) if cause else broken[-1]
-        return f"no connection to the package index ({reason.rsplit('>: ', 1)[-1].rstrip(')').strip()})"
-    errors = [line for line in lines if line.startswith("ERROR:")]
-    if errors or lines:
-        return (errors or lines)[-1].removeprefix("ERROR: ")
-    return "pip ended without a word"
+        system = re.search(r"\[Errno -?\d+\] [^'\")]+", broken[-1])
+        reason = system.group() if system else broken[-1].partition("connection broken by ")[2]
+        return f"no connection to the package index ({reason})"
+    if not lines:
+        return "pip ended without a word"
+    errors = [line for line in lines if line.startswith("ERROR: ") and line != "ERROR: Exception:"]
+    return (errors or lines)[-1].removeprefix("ERROR: ")  # the last line of a traceback says what it was

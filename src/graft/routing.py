@@ -143,7 +143,7 @@ class Router:
 
 def take(tensor: Tensor, rows: Tensor | None) -> Tensor:
     """The rows of a tensor [B, …]; a tensor [1, …] that stands for all rows is returned as it is."""
-    if rows is None or (tensor.shape[0] == 1 and rows.shape[0] != 1):
+    if rows is None or tensor.shape[0] == 1:
         return tensor
     return tensor.index_select(0, rows)
 

@@ -111,7 +111,8 @@ class Host:
             )
 
         def adapted(chain: list[Part], rows: Tensor | None) -> Tensor:
-            values = {name: value for part in chain for name, value in part.own().items()}
+            hosted = dict(self.module.named_parameters(recurse=False))
+            values = {name: value.to(hosted[name].dtype) for part in chain for name, value in part.own().items()}
             inputs = (take(args[0], rows), *args[1:])
             self.busy = True
             try:

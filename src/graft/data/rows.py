@@ -1,0 +1,115 @@
+"""Rows: the text and label of each record, checked value by value."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from graft.data.files import Record, kind_of
+from graft.errors import DataError
+
+FIELDS = ("text", "text_pair", "label", "id")
+"""The fields of a row that a column can stand for; all other columns are ignored."""
+
+_USUAL = {
+    "text": ("sentence", "content", "review", "input", "sentence1", "premise"),
+    "text_pair": ("sentence2", "hypothesis"),
+    "label": ("labels", "class", "category", "target", "sentiment"),
+}
+"""Names that other data sets use, offered when a column is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example. `place` is its `file:line`, for errors; `id` is the file's own or the line number."""
+
+    text: str
+    text_pair: str | None
+    label: str | None
+    id: str
+    place: str
+
+
+def make_rows(records: Sequence[Record], columns: Mapping[str, str], need_label: bool) -> list[Row]:
+    """The rows of a file's records; `columns` maps our names to the file's.
+
+    The first record decides whether there are pairs and labels; `need_label` demands labels.
+    Raises `DataError` for a record without a needed field or with a value that is no text or label.
+    """
+    names = {field: columns.get(field, field) for field in FIELDS}
+    expected = {field for field in FIELDS if field in columns or names[field] in records[0].fields}
+    expected |= {"text", "label"} if need_label else {"text"}
+    rows = []
+    for record in records:
+        for field in FIELDS[:3]:
+            if (names[field] in record.fields) != (field in expected):
+                raise _missing(record, field, names[field], field in expected)
+        values = {field: record.fields.get(names[field]) for field in FIELDS}
+        line = record.place.rpartition(":")[2]
+        given = values["id"]
+        rows.append(
+            Row(
+                text=_text(values["text"], names["text"], record.place),
+                text_pair=_text(values["text_pair"], names["text_pair"], record.place)
+                if "text_pair" in expected
+                else None,
+                label=_label(values["label"], names["label"], record.place) if "label" in expected else None,
+                id=str(given) if isinstance(given, str | int) and given != "" else line,
+                place=record.place,
+            )
+        )
+    return rows
+
+
+def _missing(record: Record, field: str, name: str, expected: bool) -> DataError:
+    """The error for a row without a column that it should have, or with one that the first row lacks."""
+    if not expected:
+        return DataError(
+            f"{record.place}: the row has {name!r}, the first row has none",
+            f"give {name!r} in all rows or in none",
+        )
+    present = list(record.fields)
+    folded = {column.strip().casefold(): column for column in reversed(present)}
+    likely = get_close_matches(name.casefold(), folded, n=1, cutoff=0.75)
+    likely += [usual for usual in _USUAL[field] if usual in folded]
+    guess = folded[likely[0]] if likely else "NAME"
+    listed = ", ".join(repr(column) for column in present[:8]) + (", …" if len(present) > 8 else "")
+    return DataError(
+        f"{record.place}: no column {name!r}, the row has {listed or 'none'}",
+        f"name the right one, as in `columns: {{{field}: {guess}}}`",
+    )
+
+
+def _text(value: Any, column: str, place: str) -> str:
+    """`value` as it is; raises `DataError` unless it is text that a tokenizer can take."""
+    if not isinstance(value, str):
+        raise DataError(f"{place}: {column!r} is {kind_of(value)}, allowed is a text", "correct the row")
+    if not value.strip():
+        raise DataError(f"{place}: {column!r} is empty", "fill in or remove the row")
+    if "\0" in value:
+        raise DataError(f"{place}: {column!r} contains a NUL character", "remove it")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: {column!r} has half a surrogate pair at position {error.start + 1}",
+            "correct the row; such text comes from cutting an emoji in two",
+        ) from None
+    return value
+
+
+def _label(value: Any, column: str, place: str) -> str:
+    """The label as text: 1, 1.0, "1" and " 1.0" are all "1"; true is "true"."""
+    allowed = "allowed are words, whole numbers, true and false"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float) and float(value).is_integer():
+        return str(int(value))
+    text = value.strip() if isinstance(value, str) else None
+    if text == "":
+        raise DataError(f"{place}: {column!r} is empty, {allowed}", "fill in or remove the row")
+    if text is None or text.casefold() == "nan":
+        raise DataError(f"{place}: {column!r} is {kind_of(value)}, {allowed}", "correct or remove the row")
+    whole = re.fullmatch(r"([+-]?\d+)\.0+", text)
+    return _text(whole.group(1) if whole else text, column, place)

@@ -1,0 +1,109 @@
+"""Classification of single texts and of pairs, with a head that trains and is stored with every method."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from graft.data.batch import evaluation_batches, pad
+from graft.data.load import Row
+from graft.errors import DataError, UsageError
+from graft.model import Base
+from graft.objectives.base import Example, Loss, Objective, Report, Result
+from graft.parts.base import Adapter
+from graft.parts.head import Pooling, TaskHead, scores
+from graft.routing import Entry, Route
+
+
+class Classify(Objective):
+    """One label per row, by cross-entropy over the labels."""
+
+    name: ClassVar[str] = "classify"
+    metric: ClassVar[str] = "accuracy"
+
+    pooling: Pooling | None = None
+    """One vector per row from: the base's pooler, its first token, its last, or the mean; as transformers when left out."""
+
+    head_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Dropout before the head, in training."""
+
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target spread over all labels."""
+
+    def examples(self, rows: Sequence[Row], base: Base, labels: Sequence[str], max_length: int) -> list[Example]:
+        """Rows as the base's tokenizer writes them, pairs with its separator, cut to `max_length`."""
+        if base.tokenizer is None:
+            raise UsageError(f"{base.name} has no tokenizer")
+        if base.max_positions is not None and max_length > base.max_positions:
+            raise UsageError(f"max_length: {max_length} of {base.max_positions} positions of {base.name}")
+        index = {label: position for position, label in enumerate(labels)}
+        pairs = [row.text_pair for row in rows] if any(row.text_pair for row in rows) else None
+        encoded = base.tokenizer(
+            [row.text for row in rows], pairs, truncation=True, max_length=max_length, return_attention_mask=False
+        )
+        types = encoded.get("token_type_ids", [None] * len(rows))
+        examples = []
+        for row, ids, kinds in zip(rows, encoded["input_ids"], types, strict=True):
+            if not ids:
+                raise DataError(f"{row.place}: the text has no tokens")
+            if row.label not in index:
+                raise DataError(f"{row.place}: label {row.label!r} is not among {list(labels)}")
+            examples.append(Example(ids, kinds, index[row.label], row.place))
+        return examples
+
+    def prepare(self, base: Base, adapter: Adapter, labels: tuple[str, ...]) -> None:
+        """A head like that of transformers' own classifiers; the output head, and a pooler that is not used, stay still."""
+        head = TaskHead.for_base(base, labels, self.pooling, self.head_dropout)
+        adapter.head = head.to(base.device)
+        unused = {module for site in base.sites if site.role == "head" for module in site.leave.modules()}
+        if head.pooling != "pooler":
+            unused |= {module for path, module in base.modules_by_path.items() if "pooler" in path.split(".")}
+        used = {id(p) for site, part in adapter.placed if site.leave not in unused for p in part.parameters()}
+        for site, part in adapter.placed:
+            for parameter in part.parameters():
+                if site.leave in unused and id(parameter) not in used:  # a tied output head trains as embeddings
+                    parameter.requires_grad_(False)
+
+    def weight(self, examples: Sequence[Example]) -> float:
+        """The number of rows."""
+        return float(len(examples))
+
+    def loss(self, base: Base, examples: Sequence[Example], route: Entry | Route) -> Loss:
+        """Cross-entropy summed over the rows."""
+        logits = scores(base, collate(base, examples), route)
+        targets = torch.tensor([example.target for example in examples], device=logits.device)
+        total = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=self.label_smoothing)
+        return Loss(total, self.weight(examples))
+
+    @torch.no_grad()
+    def evaluate(
+        self, base: Base, examples: Sequence[Example], entry: Entry, batch_size: int, report: Report | None = None
+    ) -> Result:
+        """Accuracy, with no more than one batch of scores in memory."""
+        correct = [0] * len(examples)
+        loss = 0.0
+        batches = evaluation_batches([len(example) for example in examples], batch_size)
+        for number, rows in enumerate(batches):
+            chosen = [examples[row] for row in rows]
+            logits = scores(base, collate(base, chosen), entry).float()
+            targets = torch.tensor([example.target for example in chosen], device=logits.device)
+            loss += float(F.cross_entropy(logits, targets, reduction="sum"))
+            for row, right in zip(rows, (logits.argmax(dim=1) == targets).tolist(), strict=True):
+                correct[row] = int(right)
+            if report:
+                report("evaluating", (number + 1) / len(batches))
+        return Result(sum(correct) / len(correct), loss / len(correct), correct)
+
+
+def collate(base: Base, examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Examples as a batch: input_ids, attention_mask and, where the tokenizer gives them, token_type_ids, all [B, S]."""
+    filler = base.config.pad_token_id
+    ids = pad([example.input_ids for example in examples], filler if filler is not None else 0, base.device)
+    # Padding is marked by position, not by id: a pad token can be a real token too.
+    batch = {"input_ids": ids, "attention_mask": pad([[1] * len(example) for example in examples], 0, base.device)}
+    if examples[0].token_type_ids is not None:
+        batch["token_type_ids"] = pad([example.token_type_ids or [] for example in examples], 0, base.device)
+    return batch

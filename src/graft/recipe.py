@@ -1,0 +1,124 @@
+"""The recipe: everything that decides a run or a comparison."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import yaml
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
+
+from graft.config import Config, override, parse_yaml, read_yaml
+from graft.data.load import DataConfig
+from graft.errors import RecipeError
+from graft.methods.base import Method, methods, read_method
+from graft.objectives.base import Objective, objectives, read_objective
+from graft.train.loop import Training
+
+
+def _named(value: Any) -> dict[str, Any]:
+    return {"name": value.name} | value.model_dump(mode="json")
+
+
+def _choice_schema(classes: Mapping[str, type[Config]]) -> dict[str, Any]:
+    """Either the bare name of a class, or its name and settings."""
+    forms: list[dict[str, Any]] = [{"type": "string", "enum": sorted(classes)}]
+    for name, cls in classes.items():
+        schema = cls.model_json_schema()
+        schema["properties"] = {"name": {"const": name}} | schema.get("properties", {})
+        schema["required"] = ["name", *schema.get("required", [])]
+        forms.append(schema)
+    return {"anyOf": forms}
+
+
+AnyMethod = Annotated[
+    Method,
+    BeforeValidator(read_method),
+    PlainSerializer(_named),
+    WithJsonSchema(_choice_schema(methods())),
+]
+AnyObjective = Annotated[
+    Objective,
+    BeforeValidator(read_objective),
+    PlainSerializer(_named),
+    WithJsonSchema(_choice_schema(objectives())),
+]
+
+COMPARED = ("full", "frozen", "lora", "bottleneck", "prefix", "prompt")
+
+
+class Recipe(Config):
+    """A model, data, an objective, a method (or several to compare) and how to train."""
+
+    aliases: ClassVar[dict[str, str]] = {"base_model": "model", "model_name_or_path": "model", "dataset": "data"}
+    default_names: ClassVar[dict[str, str]] = {"method": "lora", "objective": "classify"}
+
+    model: str = Field(min_length=1)
+    """The base: a starter name, a local folder or a hub id."""
+
+    data: DataConfig
+    """Where the rows come from."""
+
+    objective: AnyObjective = Field(default_factory=lambda: read_objective("classify"))
+    """What to optimize."""
+
+    method: AnyMethod | None = Field(default_factory=lambda: read_method("lora"))
+    """How to fine-tune, for `graft train`; null measures the untouched base."""
+
+    methods: list[AnyMethod] = Field(default_factory=lambda: [read_method(name) for name in COMPARED], min_length=1)
+    """What `graft compare` compares, beside the untouched base."""
+
+    training: Training = Field(default_factory=Training)
+    """How to train; the learning rate belongs to the method."""
+
+    seed: int = Field(default=1, ge=0, lt=2**32)
+    """Decides everything drawn at random: starting values, order of rows, dropout."""
+
+    seeds: list[int] = Field(default_factory=lambda: [1], min_length=1)
+    """Seeds that `graft compare` runs each method with."""
+
+    forgetting: list[str] = Field(default_factory=lambda: ["news-editorials", "product-reviews"])
+    """Texts to probe retrieval on: the ids of their rows are document_sentence."""
+
+    transfer: list[str] = Field(default_factory=list)
+    """Other data with the same labels to classify without training on them."""
+
+    probe_samples: int = Field(default=2500, ge=20)
+    """At most this many rows of each probe and transfer set."""
+
+    @model_validator(mode="after")
+    def _distinct_seeds(self) -> "Recipe":
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds: one stands twice")
+        return self
+
+    @classmethod
+    def sections(cls, values: Mapping[str, Any]) -> dict[str, type[Config]]:
+        """The sections in which a bare `key=value` is looked up, for these values."""
+        found: dict[str, type[Config]] = {"data": DataConfig, "training": Training}
+        for section, known in (("method", methods()), ("objective", objectives())):
+            default = cls.default_names[section]
+            given = values.get(section) or default
+            name = given.get("name", default) if isinstance(given, Mapping) else given
+            if name in known:
+                found[section] = known[name]
+        return found
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting, in the form that `parse` reads."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """Every setting, as YAML."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True, width=100)
+
+
+def read_recipe(source: str | Path | None, assignments: Sequence[str] = (), text: str | None = None) -> Recipe:
+    """A recipe from a YAML file (or `text`) and `key=value` assignments; files it names are relative to where one is.
+
+    Raises `RecipeError` naming every fault.
+    """
+    if source is None and text is None:
+        raise RecipeError("no recipe given", "see recipes/ for examples")
+    name = str(source) if source is not None else "standard input"
+    values = parse_yaml(text, name) if text is not None else read_yaml(str(source))
+    return Recipe.parse(override(values, Recipe, assignments), name)

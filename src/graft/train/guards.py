@@ -1,0 +1,85 @@
+"""Guards: what stops a run that would train the wrong thing, or nothing."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from graft.errors import GuardError
+from graft.model import Base
+from graft.parts.base import Adapter
+
+
+def require_finite(loss: float, norm: float, step: int, places: list[str]) -> None:
+    """Stop before the optimizer step when the loss or the gradient is not finite."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+    raise GuardError(
+        f"step {step}: {what}; rows {', '.join(places[:3])}{' …' if len(places) > 3 else ''}",
+        "lower the learning rate, or look at these rows",
+    )
+
+
+class MovementGuard:
+    """Every trainable tensor must get a gradient and move, and every other tensor of the base must stay."""
+
+    def __init__(self, base: Base, adapter: Adapter) -> None:
+        self.base = base
+        self.adapter = adapter
+        self.moving = {name: digest(tensor) for name, tensor in adapter.trainable()}
+        self.touched: set[str] = set()
+        trained = {id(parameter) for _, parameter in adapter.trainable()}
+        live = dict(base.model.named_parameters(remove_duplicate=False)) | dict(base.model.named_buffers())
+        self.still = {
+            name: digest(tensor)
+            for name, tensor in live.items()
+            if ".graft." not in f".{name}" and id(tensor) not in trained
+        }
+        if not self.moving:
+            raise GuardError(f"{adapter.method.name} has nothing to train", "choose other sites or layers")
+
+    def saw_gradients(self) -> None:
+        """Note which trainable tensors have a gradient that is not all zero."""
+        for name, parameter in self.adapter.trainable():
+            if name not in self.touched and parameter.grad is not None and bool(parameter.grad.any()):
+                self.touched.add(name)
+
+    def check_moved(self, step: int) -> None:
+        """Stop when a trainable tensor got no gradient, or did not move, in the steps so far."""
+        without = [name for name in self.moving if name not in self.touched]
+        if without:
+            self._stop(step, without, "got no gradient", "an objective or a site that never reaches them")
+        fixed = [name for name, tensor in self.adapter.trainable() if digest(tensor) == self.moving[name]]
+        if fixed:
+            self._stop(step, fixed, "did not move", "a learning rate too small for their size")
+
+    def check_still(self, step: int) -> None:
+        """Stop when a tensor of the base that should not train has changed."""
+        live = dict(self.base.model.named_parameters(remove_duplicate=False)) | dict(self.base.model.named_buffers())
+        changed = [name for name, before in self.still.items() if digest(live[name]) != before]
+        if changed:
+            self._stop(step, changed, "of the frozen base changed", "code that writes to the base")
+
+    def _stop(self, step: int, names: list[str], what: str, cause: str) -> None:
+        shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+        total = len(self.moving) if "base" not in what else len(self.still)
+        raise GuardError(f"after step {step}, {len(names)} of {total} tensors {what} ({shown})", f"likely cause: {cause}")
+
+
+_CHUNK = 1 << 20
+"""Values summed at a time: a whole embedding table as int64 would show in the run's peak memory."""
+
+
+@torch.no_grad()
+def digest(tensor: Tensor) -> tuple[int, int]:
+    """Two sums over a tensor's bits, the second weighted by position: a change of any value, or an exchange of two, shows."""
+    flat = tensor.detach().reshape(-1)
+    if flat.is_floating_point():
+        flat = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    plain = weighted = 0
+    for start in range(0, flat.numel(), _CHUNK):
+        bits = flat[start : start + _CHUNK].to(torch.int64)
+        weighted += int((bits * torch.arange(start + 1, start + 1 + bits.numel(), device=bits.device)).sum())
+        plain += int(bits.sum())
+    return plain, weighted

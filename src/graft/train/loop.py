@@ -1,0 +1,254 @@
+"""The training loop: one for every method and objective."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field, model_validator
+from torch import nn
+
+from graft.config import Config
+from graft.data.batch import training_batches
+from graft.model import Base
+from graft.objectives.base import Example, Objective, Result
+from graft.parts.base import Adapter
+from graft.train import checkpoint
+from graft.train.guards import MovementGuard, require_finite
+from graft.train.optim import Schedule, make_optimizer, make_schedule
+from graft.train.precision import Choice
+
+
+class Training(Config):
+    """How a run trains. The learning rate belongs to the method."""
+
+    aliases: ClassVar[dict[str, str]] = {
+        "num_epochs": "num_train_epochs",
+        "epochs": "num_train_epochs",
+        "micro_batch_size": "per_device_train_batch_size",
+        "batch_size": "per_device_train_batch_size",
+        "train_batch_size": "per_device_train_batch_size",
+        "eval_batch_size": "per_device_eval_batch_size",
+        "bf16": "precision",
+    }
+
+    num_train_epochs: float = Field(default=2, gt=0, le=10_000)
+    """Passes over the training rows; parts of a pass are possible."""
+
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after this many optimizer steps, whatever num_train_epochs says."""
+
+    per_device_train_batch_size: int = Field(default=32, ge=1)
+    """Rows per forward and backward pass."""
+
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Passes per optimizer step. The gradient is the same as with one pass over all their rows."""
+
+    per_device_eval_batch_size: int = Field(default=64, ge=1)
+    """Rows per pass in evaluation."""
+
+    warmup_ratio: float = Field(default=0.06, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
+
+    lr_scheduler_type: Schedule = "linear"
+    """How the learning rate falls after that: linear, cosine, or constant (it does not)."""
+
+    weight_decay: float = Field(default=0.01, ge=0, lt=1)
+    """Decoupled weight decay, on matrices only."""
+
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """The gradient's norm over the adapter is clipped to this."""
+
+    eval_steps: int | None = Field(default=None, ge=1)
+    """Evaluate on the validation rows every so many optimizer steps; four times in the run when left out."""
+
+    load_best_model_at_end: bool = True
+    """End with the evaluated step of the best validation quality rather than with the last step."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    precision: Choice = "auto"
+    """Number format of matrix products: bf16, fp32, or what the hardware is best at."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_flags(cls, given: Any) -> Any:
+        """`bf16: true` is how transformers spells the precision."""
+        if isinstance(given, dict) and isinstance(given.get("bf16"), bool):
+            given = dict(given)
+            given["precision"] = "bf16" if given.pop("bf16") else "fp32"
+        return given
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a learning curve. `quality` is None between evaluations."""
+
+    step: int
+    examples: int
+    train_loss: float
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+    quality: float | None = None
+    validation_loss: float | None = None
+
+
+@dataclass
+class Fit:
+    """What a training run did. `seconds` leaves out evaluation and checkpoints."""
+
+    steps: int = 0
+    examples: int = 0
+    seconds: float = 0.0
+    best_step: int = 0
+    best: Result | None = None
+    points: list[Point] = field(default_factory=list)
+
+
+Progress = Callable[[Literal["training", "evaluating"], int, int], None]
+"""Called with the phase, the steps done and the steps in all."""
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """accelerate's view of devices and processes, in the run's number format."""
+    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=not torch.cuda.is_available())
+
+
+@dataclass
+class Trainer:
+    """Trains an attached adapter, with `rate` as peak learning rate.
+
+    Each optimizer step is the mean over its whole effective batch, however it is cut into passes and processes.
+    """
+
+    base: Base
+    adapter: Adapter
+    objective: Objective
+    training: Training
+    rate: float
+    seed: int
+    accelerator: Accelerator
+    checkpoints: Path | None = None
+    record: Callable[[Point], None] | None = None
+    progress: Progress | None = None
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one effective batch."""
+        passes = self.training.gradient_accumulation_steps * self.accelerator.num_processes
+        return self.training.per_device_train_batch_size * passes
+
+    def planned_steps(self, rows: int) -> int:
+        """Optimizer steps of a run over so many training rows."""
+        steps = max(1, round(math.ceil(rows / self.rows_per_step) * self.training.num_train_epochs))
+        return min(steps, self.training.max_steps or steps)
+
+    def fit(self, train: Sequence[Example], validation: Sequence[Example]) -> Fit:
+        """Train, evaluate now and then, and end with the best step.
+
+        Raises `GuardError` when the loss is not finite, a trainable tensor does not move or a frozen one does.
+        """
+        total = self.planned_steps(len(train))
+        every = self.training.eval_steps or math.ceil(total / 4)
+        optimizer = make_optimizer(self.parameters(), self.rate, self.training.weight_decay)
+        warmup = int(total * self.training.warmup_ratio)
+        schedule = make_schedule(optimizer, total, warmup, self.training.lr_scheduler_type)
+        guard = MovementGuard(self.base, self.adapter)
+        if self.training.gradient_checkpointing:
+            self.base.checkpoint_activations()
+        result = Fit()
+        self._training_mode(True)
+        clock = time.perf_counter()
+        for rows in self._batches([len(example) for example in train], total):
+            chosen = [train[row] for row in rows]
+            loss, norm = self._gradients(chosen)
+            require_finite(loss, norm, result.steps + 1, [example.place for example in chosen])
+            guard.saw_gradients()
+            rate = float(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            result.steps += 1
+            result.examples += len(chosen)
+            result.seconds += time.perf_counter() - clock
+            point = Point(result.steps, result.examples, loss, rate, norm, result.seconds)
+            if result.steps == 2:  # what starts at zero hides what is below it from the first step
+                guard.check_moved(result.steps)
+                guard.check_still(result.steps)
+            if result.steps % every == 0 or result.steps == total:
+                point = self._evaluate(validation, result, point, total)
+            self._tell(result, point, total)
+            clock = time.perf_counter()
+        guard.check_still(result.steps)
+        self._training_mode(False)
+        if self.training.load_best_model_at_end and self.checkpoints and result.best_step < result.steps:
+            checkpoint.read(checkpoint.at(self.checkpoints, result.best_step), self.adapter)
+        return result
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What trains."""
+        return [parameter for _, parameter in self.adapter.trainable()]
+
+    def _batches(self, lengths: Sequence[int], total: int) -> Iterator[list[int]]:
+        """Row numbers of each effective batch, over as many epochs as `total` steps need."""
+        epochs = (
+            training_batches(lengths, self.rows_per_step, seed=self.seed, epoch=epoch) for epoch in itertools.count()
+        )
+        return itertools.islice(itertools.chain.from_iterable(epochs), total)
+
+    def _training_mode(self, training: bool) -> None:
+        self.base.model.train(training)
+        self.adapter.train(training)
+
+    def _gradients(self, chosen: Sequence[Example]) -> tuple[float, float]:
+        """Clipped gradients of one effective batch; returns its mean loss and the gradient's norm before clipping."""
+        size = self.training.per_device_train_batch_size
+        passes = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        weight = self.objective.weight(chosen)
+        total = torch.zeros((), device=self.base.device)
+        for examples in passes[self.accelerator.process_index :: self.accelerator.num_processes]:
+            with self.accelerator.autocast():
+                loss = self.objective.loss(self.base, examples, self.adapter.name)
+            self.accelerator.backward(loss.total / weight)
+            total += loss.total.detach()
+        if self.accelerator.num_processes > 1:
+            total = self.accelerator.reduce(total, "sum")
+            for parameter in self.parameters():
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(gradient, "sum")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.training.max_grad_norm)
+        return float(total) / weight, float(norm)
+
+    def _evaluate(self, validation: Sequence[Example], result: Fit, point: Point, total: int) -> Point:
+        """Evaluate, keep the checkpoint if it is the best so far, and return the point with its figures."""
+        if self.progress:
+            self.progress("evaluating", result.steps, total)
+        self._training_mode(False)
+        with self.accelerator.autocast():
+            measured = self.objective.evaluate(
+                self.base, validation, self.adapter.name, self.training.per_device_eval_batch_size
+            )
+        self._training_mode(True)
+        best = result.best
+        if best is None or (measured.quality, -measured.loss) > (best.quality, -best.loss):
+            earlier, result.best_step, result.best = result.best_step, result.steps, measured
+            if self.checkpoints is not None and self.accelerator.is_main_process:
+                state = {"step": result.steps, "quality": measured.quality, "loss": measured.loss}
+                checkpoint.write(self.checkpoints, self.adapter, state)
+                if earlier:
+                    checkpoint.remove(self.checkpoints, earlier)
+        return replace(point, quality=measured.quality, validation_loss=measured.loss)
+
+    def _tell(self, result: Fit, point: Point, total: int) -> None:
+        result.points.append(point)
+        if self.record:
+            self.record(point)
+        if self.progress:
+            self.progress("training", result.steps, total)
