@@ -351,7 +351,7 @@ def load_base(name: str, *, dtype: torch.dtype = torch.float32) -> Base:
     Weights are read from safetensors only and no code of the model's repository is run. Raises `ModelError` (missing, incomplete, unknown
     architecture), `DamagedError` (weights cut off) or `ResourceError` (no network for a hub id).
     """
-    source = _source(name)
+    source = locate(name)
     transformers_logging.disable_progress_bar()
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -395,7 +395,11 @@ def _load(name: str, source: str, dtype: torch.dtype) -> Base:
     return Base(model.eval(), tokenizer, name, fresh=missing)
 
 
-def _source(name: str) -> str:
+def locate(name: str) -> str:
+    """The folder or hub id of a base; a starter model is fetched when it is not there yet.
+
+    Raises `ModelError` when there is no such folder, or files are missing in it.
+    """
     if name in assets.ASSETS and assets.ASSETS[name].kind == "model":
         return str(assets.folder(name))
     path = Path(name).expanduser()

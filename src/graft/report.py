@@ -8,11 +8,8 @@ times seconds, latencies milliseconds. Any figure may be None; a row with status
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -23,7 +20,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from graft.errors import ResourceError
+from graft.files import write_text
 
 Row = Mapping[str, Any]
 
@@ -65,28 +62,7 @@ def write_report(comparison: Mapping[str, Any], path: Path) -> None:
     }
     template = (assets / "report.html").read_text(encoding="utf-8")
     # One pass, so that braces inside the data are not filled in.
-    _write(path, re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template))
-
-
-def _write(path: Path, text: str) -> None:
-    """Write to a temporary name, flush, rename: a reader sees the old file or the whole new one."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        temporary = Path(name)
-        with open(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        if temporary:
-            with suppress(OSError):
-                temporary.unlink()
-        reason = error.strerror or str(error)
-        raise ResourceError(f"cannot write {path}: {reason}", "choose another place") from None
+    write_text(path, re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template))
 
 
 # --- the parts of the page ---
@@ -114,15 +90,8 @@ def _key(mark: dict[str, Any]) -> str:
 
 def _plot_data(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Finished rows with their marks; text is escaped, because Plotly reads labels as HTML."""
-    scalars = (
-        "quality",
-        "quality_low",
-        "quality_high",
-        "peak_memory_bytes",
-        "train_seconds",
-        "adapter_bytes",
-    )
-    kept = (*scalars, "forgetting", "transfer", "curve")
+    kept = ["quality", "quality_low", "quality_high", "peak_memory_bytes", "train_seconds", "adapter_bytes"]
+    kept += ["forgetting", "transfer", "curve"]
     pairs = zip(rows, _marks(rows), strict=True)
     return [
         {**mark, "name": _safe(str(row["label"])), **{key: _safe(row.get(key)) for key in kept}}
@@ -255,13 +224,18 @@ def summary(comparison: Mapping[str, Any]) -> list[str]:
 
 def _leading(leaders: list[Row], ps: list[Any], behind: list[str]) -> list[str]:
     names = [f"{row['label']} ({_percent(row['quality'])} %)" for row in leaders]
-    late = [f"{_join(behind)} {'is' if len(behind) == 1 else 'are'} clearly behind."] if behind else []
-    if len(leaders) == 1:
-        return [f"{names[0]} has the highest quality.", *late]
     doubt = f"between them ({_p(ps[0])})" if len(ps) == 1 else f"between {leaders[0]['label']} and the others"
-    base = [row["label"] for row in leaders if row.get("method") == "base"]
-    beaten = [f"No method is clearly better than the untouched {base[0]}."] if base else []
-    return [f"{_join(names)} lead; no clear difference {doubt}.", *beaten, *late]
+    said = [f"{_join(names)} lead; no clear difference {doubt}."]
+    if len(leaders) == 1:
+        said = [f"{names[0]} has the highest quality."]
+    said += [
+        f"No method is clearly better than the untouched {row['label']}."
+        for row in leaders
+        if row.get("method") == "base"
+    ]
+    if behind:
+        said.append(f"{_join(behind)} {'is' if len(behind) == 1 else 'are'} clearly behind.")
+    return said
 
 
 def _cheapest(leaders: list[Row]) -> list[str]:
@@ -275,11 +249,12 @@ def _cheapest(leaders: list[Row]) -> list[str]:
             row = min(known, key=lambda pair: pair[0])[1]
             wins.setdefault(row["label"], []).append(f"the {what} ({column.text(row)})")
     parts = [f"{label} has {_join(facts)}" for label, facts in wins.items()]
-    return [f"Of these, {'; '.join(parts)}."] if parts else []
+    return [f"Among the leaders, {'; '.join(parts)}."] if parts else []
 
 
 def _forgetting(rows: list[Row]) -> list[str]:
-    losses = [(row["label"], worst) for row in rows if (worst := _worst(row))]
+    trained = (row for row in rows if row.get("method") != "base")
+    losses = [(row["label"], worst) for row in trained if (worst := _worst(row))]
     if not losses:
         return []
     label, (points, probe) = max(losses, key=lambda pair: pair[1])
@@ -436,9 +411,7 @@ def _seed_count(row: Row) -> float | None:
     return len(seeds) if isinstance(seeds, list) else _number(seeds)
 
 
-_QUALITY = _Column(
-    "Quality, % (95\u00a0%\u00a0interval)", "quality, %", _column("", "", str, "quality").value, _quality
-)
+_QUALITY = _Column("Quality, %", "quality, %", lambda row: _number(row.get("quality")), _quality)
 _MEMORY = _column("Peak memory", "memory", _bytes, "peak_memory_bytes")
 _TIME = _column("Train time", "time", _seconds, "train_seconds")
 _SIZE = _column("Adapter size", "adapter", _bytes, "adapter_bytes")

@@ -15,7 +15,7 @@ from graft.data.splits import group_near_equal, hash_of, normal_form, split_by_g
 from graft.errors import DamagedError, DataError, nearest
 from graft.fetch import digest
 
-__all__ = ["DataConfig", "Row", "Splits", "load_splits", "read_all", "read_rows"]
+__all__ = ["DataConfig", "Row", "Splits", "load_splits", "read_all", "read_rows", "subset"]
 
 
 class DataConfig(Config):
@@ -113,9 +113,9 @@ def load_splits(config: DataConfig) -> Splits:
     parts = _split_off(config, train, given)
     labels = _check_labels(parts, config)
     return Splits(
-        train=_subset(parts["train"], config.max_train_samples),
-        validation=_subset(parts["validation"], config.max_eval_samples),
-        test=_subset(parts["test"], config.max_eval_samples),
+        train=subset(parts["train"], config.max_train_samples),
+        validation=subset(parts["validation"], config.max_eval_samples),
+        test=subset(parts["test"], config.max_eval_samples),
         labels=labels,
         sha256=sha256,
         notes=_notes(parts),
@@ -207,7 +207,7 @@ def _check_labels(parts: Mapping[str, list[Row]], config: DataConfig) -> tuple[s
                     f"which have {', '.join(sorted(labels)[:8])}",
                     "correct it, or add rows with it to the training data",
                 )
-    kept = _subset(parts["train"], config.max_train_samples)
+    kept = subset(parts["train"], config.max_train_samples)
     if len({row.label for row in kept}) < 2:
         raise DataError(
             f"max_train_samples={config.max_train_samples} leaves rows of one label only", "give more"
@@ -215,7 +215,7 @@ def _check_labels(parts: Mapping[str, list[Row]], config: DataConfig) -> tuple[s
     return tuple(sorted(labels))
 
 
-def _subset(rows: list[Row], most: int | None) -> list[Row]:
+def subset(rows: list[Row], most: int | None) -> list[Row]:
     """At most `most` rows, in their order: those with the smallest hash, so that subsets are nested."""
     if most is None or most >= len(rows):
         return rows

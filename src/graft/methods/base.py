@@ -190,7 +190,7 @@ def check_peft_config(
         raise DamagedError(f"{source}: {key} = {value!r} is not supported", "read it with peft, merge it and use the result")
 
 
-_MACHINERY = {"base", "store"}
+_MACHINERY = {"base", "store", "table"}
 
 
 def methods() -> dict[str, type[Method]]:

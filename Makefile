@@ -1,0 +1,48 @@
+# Everything runs in .venv, which the first target that needs it makes.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-fast check docs clean help
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 18
+
+demo: .venv/installed ## compare six methods on a real model and real data (about ten minutes, fetches 90 MB)
+	@$(BIN)/graft assets pull
+	@$(BIN)/graft demo
+
+test: .venv/installed-dev check ## every check and test
+	@$(BIN)/graft assets pull
+	@$(BIN)/pytest -n 2 --dist loadfile
+
+test-fast: .venv/installed-dev ## the tests of a few seconds each
+	@$(BIN)/pytest -x -q -m "not slow"
+
+check: .venv/installed-dev ## formatting, lint and types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+docs: .venv/installed-dev ## write the generated parts of the documentation anew
+	@$(BIN)/python docs/generate.py
+
+clean: ## remove .venv and caches
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+
+.venv/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Graft needs Python 3.11 or newer: make PYTHON=python3.11 …")'
+	@echo "making .venv"
+	@$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/installed: .venv/python pyproject.toml constraints.txt
+	@echo "installing Graft and what it needs (torch is about 200 MB)"
+	@$(INSTALL) -e .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@echo "installing what the tests need"
+	@$(INSTALL) -e '.[dev]'
+	@touch $@

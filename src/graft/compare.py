@@ -1,0 +1,280 @@
+"""Many runs, one table: every trial its own process and run folder, on equal terms."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from graft.data.load import load_splits
+from graft.errors import DamagedError, GraftError, RecipeError
+from graft.files import write_json, write_text
+from graft.methods.base import Method
+from graft.model import locate
+from graft.recipe import Recipe
+from graft.report import write_report
+from graft.runfolder import RunFolder, differences
+from graft.stats import interval, verdicts
+
+BASE = "base"
+PARENT = "GRAFT_PARENT"
+"""Environment variable by which a trial knows the process that it must not outlive."""
+
+Watch = Callable[[int, int, str, str, float], None]
+"""Called with trials done, trials in all, the trial's name, what it is doing, and its own share done."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a comparison."""
+
+    label: str
+    seed: int
+    recipe: Recipe
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """Label and seed."""
+        return self.label if self.label == BASE else f"{self.label} (seed {self.seed})"
+
+
+def labels(methods: Sequence[Method]) -> list[str]:
+    """A label for each method: its name, and the settings by which it differs from others of its name."""
+    result = []
+    for method in methods:
+        same = [other for other in methods if other.name == method.name]
+        given = method.model_dump(mode="json")
+        told = [key for key in given if any(other.model_dump(mode="json")[key] != given[key] for other in same)]
+        result.append(" ".join([method.name, *(f"{key}={given[key]}" for key in told)]))
+    twice = next((label for label in result if result.count(label) > 1), None)
+    if twice:
+        raise RecipeError(f"methods: {twice!r} stands twice with the same settings")
+    return result
+
+
+def trials(recipe: Recipe, folder: Path) -> list[Trial]:
+    """The untouched base, then every method with every seed."""
+    pairs: list[tuple[str, Method | None]] = [(BASE, None)]
+    pairs += list(zip(labels(recipe.methods), recipe.methods, strict=True))
+    found = []
+    for label, method in pairs:
+        for seed in recipe.seeds[:1] if method is None else recipe.seeds:
+            # A trial's recipe leaves the others out, so that adding a method repeats no finished trial.
+            one = recipe.model_copy(update={"method": method, "methods": [method or recipe.methods[0]], "seed": seed, "seeds": [seed]})
+            if method is None:
+                one = one.model_copy(update={"methods": Recipe.model_fields["methods"].get_default(call_default_factory=True)})
+            slug = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in label)
+            found.append(Trial(label, seed, one, folder / "trials" / f"{slug}-seed{seed}"))
+    return found
+
+
+def compare(recipe: Recipe, folder: Path, watch: Watch | None = None, command: str = "") -> dict[str, Any]:
+    """Run every trial that is not finished yet, write comparison.json and report.html, and return the comparison.
+
+    A trial that fails costs its row. Raises what is wrong with the recipe, the data or the folder before any trial starts.
+    """
+    load_splits(recipe.data)
+    locate(recipe.model)
+    planned = trials(recipe, folder)
+    _check_folder(recipe, folder, planned)
+    write_text(folder / "recipe.yaml", recipe.to_yaml())
+    causes: dict[str, str] = {}
+    for number, trial in enumerate(planned):
+        if RunFolder(trial.folder).finished(trial.recipe.resolved()):
+            continue
+
+        def tell(phase: str, share: float, number: int = number, trial: Trial = trial) -> None:
+            if watch:
+                watch(number, len(planned), trial.name, phase, share)
+
+        cause = _run(trial, tell)
+        if cause:
+            causes[trial.name] = cause
+    if watch:
+        watch(len(planned), len(planned), "", "writing the report", 0.0)
+    comparison = assemble(recipe, planned, causes, command)
+    write_json(folder / "comparison.json", comparison)
+    write_report(comparison, folder / "report.html")
+    return comparison
+
+
+def _check_folder(recipe: Recipe, folder: Path, planned: Sequence[Trial]) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"{folder} is a file, a comparison needs a folder")
+    stored = folder / "recipe.yaml"
+    inside = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+    foreign = sorted(inside - {"recipe.yaml", "comparison.json", "report.html", "trials"})
+    if foreign and not foreign[0].startswith("."):
+        raise RecipeError(f"{folder} holds other files ({foreign[0]})", "choose another folder with -o")
+    if stored.exists():
+        before = RunFolder(folder).recipe() or {}
+        ignored = {"methods", "seeds", "method", "seed"}
+        changed = [
+            difference
+            for difference in differences(before, recipe.resolved())
+            if difference.split(":")[0].split(".")[0] not in ignored
+        ]
+        if changed:
+            raise RecipeError(f"{folder} holds another comparison ({', '.join(changed[:3])})", "choose another folder with -o")
+    for trial in planned:
+        RunFolder(trial.folder).check(trial.recipe.resolved())
+
+
+def _run(trial: Trial, tell: Callable[[str, float], None]) -> str | None:
+    """Run one trial in a process of its own; the cause when it failed, None when it is done.
+
+    An interrupt ends the trial first and then goes on.
+    """
+    folder = RunFolder(trial.folder)
+    trial.folder.parent.mkdir(parents=True, exist_ok=True)
+    tell("starting", 0.0)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "graft", "train", "-", "-o", str(trial.folder), "--quiet"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, PARENT: str(os.getpid())},
+    )
+    assert process.stdin is not None and process.stderr is not None
+    try:
+        with suppress(BrokenPipeError):
+            process.stdin.write(trial.recipe.to_yaml())
+            process.stdin.close()
+        while process.poll() is None:
+            with suppress(GraftError):
+                status = folder.read("status.json")
+                if status.get("pid") == process.pid and "phase" in status:
+                    tell(str(status["phase"]), float(status["fraction"]))
+            time.sleep(0.2)
+    except BaseException:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
+    if process.returncode == 0:
+        return None
+    if process.returncode < 0:
+        name = signal.Signals(-process.returncode).name
+        return f"ended by {name}" + (", which out of memory looks like" if name == "SIGKILL" else "")
+    said = [line for line in process.stderr.read().splitlines() if line.strip()]
+    if process.returncode == 130:
+        raise KeyboardInterrupt
+    return said[-1].removeprefix("graft: ") if said else f"exit code {process.returncode}"
+
+
+def assemble(recipe: Recipe, planned: Sequence[Trial], causes: dict[str, str], command: str = "") -> dict[str, Any]:
+    """comparison.json from finished run folders."""
+    done = [trial for trial in planned if trial.name not in causes]
+    if not done:
+        raise DamagedError(f"no trial of the comparison finished; the first: {next(iter(causes.values()))}")
+    reports = {trial.name: RunFolder(trial.folder).read("report.json") for trial in done}
+    correct = {trial.name: RunFolder(trial.folder).read("correct.json")["correct"] for trial in done}
+    base = reports.get(BASE, {})
+    names = dict.fromkeys(trial.label for trial in planned)
+    rows = []
+    arrays: dict[str, list[list[int]]] = {}
+    for label in names:
+        mine = [trial for trial in planned if trial.label == label]
+        failed = [causes[trial.name] for trial in mine if trial.name in causes]
+        finished = [trial for trial in mine if trial.name not in causes]
+        if failed or not finished:
+            rows.append({"label": label, "method": label.split()[0], "status": "failed", "cause": failed[0]} | _nothing())
+            continue
+        arrays[label] = [correct[trial.name] for trial in finished]
+        rows.append(_row(label, [reports[trial.name] for trial in finished], arrays[label], base, recipe))
+    # The base has no seeds: its one answer stands against each seed of the others.
+    width = max(len(array) for array in arrays.values())
+    found = verdicts({label: array * (width // len(array)) for label, array in arrays.items()})
+    environment = RunFolder(done[0].folder).read("env.json")
+    return {
+        "title": f"Fine-tuning {environment['model']['name']} on {recipe.data.train}",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command or shlex.join(sys.argv),
+        "model": environment["model"] | {"architecture": "encoder"},
+        "data": _data(recipe),
+        "objective": recipe.objective.name,
+        "metric": recipe.objective.metric,
+        "seeds": recipe.seeds,
+        "environment": environment["machine"],
+        "recipe": recipe.resolved(),
+        "rows": rows,
+        "verdicts": [vars(verdict) for verdict in found],
+        "notes": [*environment["data"]["notes"], *_notes(recipe)],
+    }
+
+
+_FIGURES = (
+    "quality", "quality_low", "quality_high", "trainable_parameters", "trainable_fraction", "peak_memory_bytes",
+    "train_seconds", "examples_per_second", "adapter_bytes", "latency_ms", "merged_latency_ms", "learning_rate",
+)  # fmt: skip
+
+
+def _nothing() -> dict[str, Any]:
+    return dict.fromkeys(_FIGURES) | {"forgetting": {}, "transfer": {}, "curve": []}
+
+
+def _row(
+    label: str, reports: Sequence[dict[str, Any]], correct: list[list[int]], base: dict[str, Any], recipe: Recipe
+) -> dict[str, Any]:
+    measured = interval(correct)
+    figures = {name: _mean([report.get(name) for report in reports]) for name in _FIGURES[3:]}
+    forgetting = {
+        name: 100 * (base["probes"][name] - value)
+        for name in recipe.forgetting
+        if base and (value := _mean([report["probes"][name] for report in reports])) is not None
+    }
+    return {
+        "label": label,
+        "method": reports[0]["method"],
+        "status": "done",
+        "cause": None,
+        "seeds": len(reports),
+        "quality": measured.mean,
+        "quality_low": measured.low,
+        "quality_high": measured.high,
+        **figures,
+        "trainable_parameters": reports[0]["trainable_parameters"],
+        "forgetting": forgetting,
+        "transfer": {name: _mean([report["transfer"][name] for report in reports]) for name in recipe.transfer},
+        "curve": reports[0]["curve"],
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _data(recipe: Recipe) -> dict[str, Any]:
+    splits = load_splits(recipe.data)
+    return {
+        "name": recipe.data.train,
+        "train": len(splits.train),
+        "validation": len(splits.validation),
+        "test": len(splits.test),
+        "labels": list(splits.labels),
+    }
+
+
+def _notes(recipe: Recipe) -> list[str]:
+    notes = ["The untouched base classifies by the nearest mean embedding of the training rows of each label; nothing in it is trained."]
+    if recipe.forgetting:
+        notes.append(
+            "Forgetting: recall@10 of finding another sentence of the same document among up to "
+            f"{recipe.probe_samples:,} sentences by mean-pooled embeddings, base minus tuned, in points."
+        )
+    if recipe.transfer:
+        notes.append("Transfer: accuracy of the tuned classifier on texts of other kinds, without training on them.")
+    notes.append("Peak memory is that of the training process, with the libraries it loads. Latency is of one row at a time.")
+    return notes

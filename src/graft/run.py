@@ -1,0 +1,372 @@
+"""One run: a recipe becomes a folder with an adapter and its figures."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from graft.data.load import Row, Splits, load_splits, read_all, read_rows, subset
+from graft.errors import DamagedError, DataError, RecipeError
+from graft.evaluate import nearest_centroid, retrieval_probe
+from graft.files import folder_bytes, write_json
+from graft.measure import PeakMemory, environment, median_ms
+from graft.methods import store
+from graft.methods.base import Method
+from graft.model import Base, load_base
+from graft.objectives.base import Example
+from graft.objectives.classify import collate
+from graft.parts.attach import attach, detach, merge_into
+from graft.parts.base import Adapter
+from graft.parts.head import TaskHead, adapter_head, pool, scores
+from graft.recipe import Recipe
+from graft.runfolder import RunFolder, find_run
+from graft.stats import interval
+from graft.train.loop import Fit, Point, Trainer, make_accelerator
+from graft.train.precision import Precision, choose
+
+ADAPTER = "tuned"
+"""The name under which a run attaches what it trains."""
+
+Watch = Callable[[str, float], None]
+"""Called with what a run is doing and the share of the whole run that is done, 0 to 1."""
+
+_LATENCY_ROWS = 40
+_TRAINED, _MEASURED = 0.75, 0.95
+"""Shares of a run that are over after training and after the probes: only the bar depends on them."""
+
+
+@dataclass
+class _Run:
+    """What the steps of one run share."""
+
+    recipe: Recipe
+    folder: RunFolder
+    precision: Precision
+    accelerator: Accelerator
+    splits: Splits
+    watch: Watch
+
+    def say(self, line: str) -> None:
+        """Keep a line in the log."""
+        self.folder.append("log.txt", line)
+
+
+def execute(recipe: Recipe, path: Path, watch: Watch | None = None, say: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Run a recipe in a folder and return the content of its report.json.
+
+    A folder that holds this very run, finished, is left as it is. With `method: null` the untouched base is measured.
+    Raises the errors of its parts; the folder's status.json then has the cause.
+    """
+    folder = RunFolder(path)
+    splits = load_splits(recipe.data)  # before the folder is touched: bad data leaves nothing behind
+    with folder.open(recipe.resolved(), recipe.to_yaml()) as fresh:
+        if not fresh:
+            return folder.read("report.json")
+
+        def tell(phase: str, fraction: float) -> None:
+            folder.status("running", phase=phase, fraction=round(fraction, 4))
+            if watch:
+                watch(phase, fraction)
+
+        try:
+            accelerator, precision = _prepare(recipe)
+            run = _Run(recipe, folder, precision, accelerator, splits, tell)
+            report = _measure_base(run) if recipe.method is None else _train(run, recipe.method, say or (lambda _: None))
+            write_json(path / "report.json", report)
+            folder.status("done", fraction=1.0)
+        except BaseException as error:
+            folder.fail(error)
+            raise
+    return report
+
+
+def _prepare(recipe: Recipe) -> tuple[Accelerator, Precision]:
+    set_seed(recipe.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = choose(recipe.training.precision, device)
+    return make_accelerator(precision.name), precision
+
+
+def load_for(recipe: Recipe, precision: Precision, device: torch.device) -> Base:
+    """The recipe's base. Frozen weights are kept in the format of the products; weights that train in place in fp32."""
+    in_place = bool(recipe.method is not None and getattr(recipe.method, "exclusive", False))
+    base = load_base(recipe.model, dtype=torch.float32 if in_place else precision.dtype)
+    base.model.to(device)  # type: ignore[arg-type]
+    return base
+
+
+def _record_environment(run: _Run, base: Base) -> None:
+    data = {"sha256": run.splits.sha256, "notes": list(run.splits.notes)}
+    model = {"name": base.name, "fingerprint": base.fingerprint, "parameters": base.parameter_count()}
+    machine = environment() | {"dtype": run.precision.name, "dtype_reason": run.precision.reason}
+    write_json(run.folder.path / "env.json", {"machine": machine, "model": model, "data": data})
+
+
+def _examples(run: _Run, base: Base, rows: list[Row]) -> list[Example]:
+    return run.recipe.objective.examples(rows, base, run.splits.labels, run.recipe.data.max_length)
+
+
+def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, Any]:
+    run.watch("loading the base", 0.0)
+    base = load_for(run.recipe, run.precision, run.accelerator.device)
+    _record_environment(run, base)
+    train, validation = _examples(run, base, run.splits.train), _examples(run, base, run.splits.validation)
+    adapter = build_adapter(run.recipe, method, base, run.splits.labels)
+    for line in preflight(method, base, adapter, train, run.precision):
+        run.say(line)
+        say(line)
+    memory = PeakMemory(base.device)
+    trainer = Trainer(
+        base,
+        adapter,
+        run.recipe.objective,
+        run.recipe.training,
+        rate=method.rate(base),
+        seed=run.recipe.seed,
+        accelerator=run.accelerator,
+        checkpoints=run.folder.path / "checkpoints",
+        record=lambda point: run.folder.append("metrics.jsonl", json.dumps(asdict(point))),
+        progress=lambda phase, step, total: run.watch(f"{phase}, step {step} of {total}", _TRAINED * step / total),
+    )
+    fitted = trainer.fit(train, validation)
+    peak = memory.bytes()
+    run.watch("saving the adapter", _TRAINED)
+    saved = run.folder.path / "adapter"
+    store.save(adapter, base, saved)
+    reference = _logits(run, base, validation[:8])
+    trainable = adapter.trainable_count()
+    total = base.parameter_count() + sum(parameter.numel() for parameter in head_parameters(adapter))
+    detach(base, ADAPTER)
+    del base, adapter, trainer
+    fresh = load_for(run.recipe, run.precision, run.accelerator.device)
+    adapter = store.load(fresh, saved, ADAPTER)
+    _check_reloaded(reference, _logits(run, fresh, validation[:8]), saved)
+    report = _figures(run, fresh) | {
+        "method": method.name,
+        "trainable_parameters": trainable,
+        "trainable_fraction": trainable / total,
+        "peak_memory_bytes": peak,
+        "train_seconds": fitted.seconds,
+        "examples_per_second": fitted.examples / fitted.seconds,
+        "adapter_bytes": folder_bytes(saved),
+        "learning_rate": method.rate(fresh),
+        "curve": _curve(fitted),
+        "best_step": fitted.best_step,
+        "steps": fitted.steps,
+    }
+    return report | _latencies(run, fresh, adapter, method)
+
+
+def head_parameters(adapter: Adapter) -> list[torch.nn.Parameter]:
+    """The parameters of an adapter's task head."""
+    return [] if adapter.head is None else list(adapter.head.parameters())
+
+
+def build_adapter(recipe: Recipe, method: Method, base: Base, labels: tuple[str, ...]) -> Adapter:
+    """The recipe's adapter, with the objective's head, attached; the seed decides its starting values."""
+    set_seed(recipe.seed)
+    adapter = method.build(base, ADAPTER)
+    recipe.objective.prepare(base, adapter, labels)
+    attach(base, adapter)
+    return adapter
+
+
+def preflight(method: Method, base: Base, adapter: Adapter, train: list[Example], precision: Precision) -> list[str]:
+    """What a run is about to do, in lines."""
+    count = adapter.trainable_count()
+    total = base.parameter_count() + sum(parameter.numel() for parameter in head_parameters(adapter))
+    roles: dict[str, int] = {}
+    for site, _ in adapter.placed:
+        roles[site.role] = roles.get(site.role, 0) + 1
+    lengths = sorted(len(example) for example in train)
+    sites = ", ".join(f"{number} × {role}" for role, number in roles.items())
+    lines = [
+        f"{method.name} on {base.name}: {count:,} of {total:,} parameters train ({count / total:.2%}), "
+        f"at {sites}, and the head",
+        f"{len(train):,} rows of {lengths[len(lengths) // 2]} tokens in the median, {lengths[-1]} at most",
+        f"peak learning rate {method.rate(base):g}; {precision}",
+    ]
+    if base.fresh:
+        lines.append(f"not in the checkpoint, so started at random: {', '.join(base.fresh)}")
+    return lines
+
+
+@torch.no_grad()
+def _logits(run: _Run, base: Base, examples: list[Example]) -> torch.Tensor:
+    with run.accelerator.autocast():
+        return scores(base, collate(base, examples), ADAPTER).float()
+
+
+def _check_reloaded(before: torch.Tensor, after: torch.Tensor, folder: Path) -> None:
+    difference = float((before - after).abs().max())
+    # The prefix projection is folded when saved, in fp32; everything else is the same tensors and the same products.
+    if not difference <= 1e-2 * max(1.0, float(before.abs().max())):
+        raise DamagedError(f"{folder}: reloaded, the adapter's scores differ by {difference:.3g}", "please report this")
+
+
+def _figures(run: _Run, base: Base) -> dict[str, Any]:
+    """Quality on the test rows, forgetting probes and transfer, all through the adapter."""
+    recipe, batch = run.recipe, run.recipe.training.per_device_eval_batch_size
+    run.watch("evaluating on the test rows", _TRAINED)
+    with run.accelerator.autocast():
+        tested = recipe.objective.evaluate(base, _examples(run, base, run.splits.test), ADAPTER, batch)
+        probes = {}
+        for number, name in enumerate(recipe.forgetting):
+            run.watch(f"probing what was forgotten: {name}", _share(number, recipe))
+            probes[name] = retrieval_probe(base, read_all(name)[: recipe.probe_samples], ADAPTER)
+        transfer = {}
+        for number, name in enumerate(recipe.transfer):
+            run.watch(f"classifying other texts: {name}", _share(len(recipe.forgetting) + number, recipe))
+            examples = _examples(run, base, transfer_rows(recipe, run.splits.labels, name))
+            transfer[name] = recipe.objective.evaluate(base, examples, ADAPTER, batch).quality
+    return _quality(run, tested.correct) | {"probes": probes, "transfer": transfer}
+
+
+def transfer_rows(recipe: Recipe, labels: tuple[str, ...], name: str) -> list[Row]:
+    """The labelled rows of another data set, which must have the labels of training."""
+    rows = subset(read_rows(name, need_label=True), recipe.probe_samples)
+    other = sorted({row.label or "" for row in rows} - set(labels))
+    if other:
+        raise DataError(f"transfer: {name} has the label {other[0]!r}, training has {list(labels)}")
+    return rows
+
+
+def _quality(run: _Run, correct: list[int]) -> dict[str, Any]:
+    write_json(run.folder.path / "correct.json", {"correct": correct})
+    measured = interval([correct])
+    return {"quality": measured.mean, "quality_low": measured.low, "quality_high": measured.high}
+
+
+def _share(done: int, recipe: Recipe) -> float:
+    return _TRAINED + (_MEASURED - _TRAINED) * (done + 1) / (len(recipe.forgetting) + len(recipe.transfer) + 1)
+
+
+def _curve(fitted: Fit) -> list[dict[str, Any]]:
+    """About a hundred points of the learning curve, each with the mean loss since the one before; all evaluations are kept."""
+    width = max(1, math.ceil(len(fitted.points) / 100))
+    curve: list[dict[str, Any]] = []
+    losses: list[float] = []
+    for point in fitted.points:
+        losses.append(point.train_loss)
+        if point.quality is not None or point.step % width == 0:
+            curve.append(_curve_point(point, sum(losses) / len(losses)))
+            losses = []
+    return curve
+
+
+def _curve_point(point: Point, loss: float) -> dict[str, Any]:
+    return {"step": point.step, "examples": point.examples, "train_loss": loss, "validation_quality": point.quality}
+
+
+def _latencies(run: _Run, base: Base, adapter: Adapter, method: Method) -> dict[str, Any]:
+    """Median time of a batch of one row, attached and merged, and how far merging moves the scores.
+
+    Merging changes the base, so this comes last.
+    """
+    run.watch("measuring latency", _MEASURED)
+    head = adapter_head(adapter)
+    assert head is not None
+    examples = _examples(run, base, run.splits.test[:_LATENCY_ROWS])
+    attached = _latency(run, base, head, examples, ADAPTER)
+    before = _logits(run, base, examples[:8])
+    if not method.mergeable:
+        return {"latency_ms": attached, "merged_latency_ms": None, "merged_difference": None}
+    merge_into(base, ADAPTER)
+    with torch.no_grad(), run.accelerator.autocast():
+        after = head(pool(base.hidden(collate(base, examples[:8])), head.pooling)).float()
+    difference = float((before - after).abs().max())
+    return {
+        "latency_ms": attached,
+        "merged_latency_ms": _latency(run, base, head, examples, None),
+        "merged_difference": difference,
+    }
+
+
+def _latency(run: _Run, base: Base, head: TaskHead | None, examples: list[Example], entry: str | None) -> float:
+    batches = [collate(base, [example]) for example in examples]
+
+    def call(index: int) -> None:
+        with torch.no_grad(), run.accelerator.autocast(), base.route(entry):
+            hidden = base.hidden(batches[index])
+            if head is not None:
+                head(pool(hidden, head.pooling))
+            if base.device.type == "cuda":
+                torch.cuda.synchronize()
+
+    return median_ms(call, len(batches))
+
+
+def _measure_base(run: _Run) -> dict[str, Any]:
+    """The untouched base: its probes, its latency, and the nearest-centroid classifier as its quality."""
+    recipe = run.recipe
+    run.watch("loading the base", 0.0)
+    base = load_for(recipe, run.precision, run.accelerator.device)
+    _record_environment(run, base)
+    with torch.no_grad(), run.accelerator.autocast():
+        sets = {"test": run.splits.test}
+        sets |= {name: transfer_rows(recipe, run.splits.labels, name) for name in recipe.transfer}
+        run.watch("classifying by nearest centroid", 0.1)
+        right = nearest_centroid(base, run.splits.train, sets, run.splits.labels)
+        probes = {}
+        for number, name in enumerate(recipe.forgetting):
+            run.watch(f"probing the base: {name}", 0.5 + 0.4 * number / len(recipe.forgetting))
+            probes[name] = retrieval_probe(base, read_all(name)[: recipe.probe_samples], None)
+    transfer = {name: sum(right[name]) / len(right[name]) for name in recipe.transfer}
+    latency = _latency(run, base, None, _examples(run, base, run.splits.test[:_LATENCY_ROWS]), None)
+    return _quality(run, right["test"]) | {
+        "method": "base",
+        "probes": probes,
+        "transfer": transfer,
+        "trainable_parameters": 0,
+        "trainable_fraction": 0.0,
+        "peak_memory_bytes": None,
+        "train_seconds": None,
+        "examples_per_second": None,
+        "adapter_bytes": 0,
+        "learning_rate": None,
+        "curve": [],
+        "latency_ms": latency,
+        "merged_latency_ms": latency,
+    }
+
+
+def stop_with(parent: int | None) -> None:
+    """End this run when the process that started it is gone: a killed comparison must leave nothing running."""
+    if parent is not None and os.getppid() != parent:
+        raise KeyboardInterrupt
+
+
+def evaluate_run(path: Path, data: str | None = None, watch: Watch | None = None) -> dict[str, Any]:
+    """Evaluate a finished run's adapter, read from disk, on its test rows or on the labelled rows of `data`."""
+    found = find_run(path)
+    recipe = Recipe.parse(found.recipe(), str(found.path / "recipe.yaml"))
+    if recipe.method is None:
+        raise RecipeError(f"{path} measured the untouched base, so it has no adapter to evaluate")
+    splits = load_splits(recipe.data)
+    rows = splits.test if data is None else read_rows(data, recipe.data.columns, need_label=True)
+    accelerator, precision = _prepare(recipe)
+    base = load_for(recipe, precision, accelerator.device)
+    store.load(base, found.path / "adapter", ADAPTER)
+    examples = recipe.objective.examples(rows, base, splits.labels, recipe.data.max_length)
+    with accelerator.autocast():
+        result = recipe.objective.evaluate(
+            base, examples, ADAPTER, recipe.training.per_device_eval_batch_size, watch
+        )
+    measured = interval([result.correct])
+    return {
+        "run": str(path),
+        "data": data or f"{recipe.data.train} (test)",
+        "rows": len(rows),
+        "metric": recipe.objective.metric,
+        "quality": measured.mean,
+        "quality_low": measured.low,
+        "quality_high": measured.high,
+        "loss": result.loss,
+    }

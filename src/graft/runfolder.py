@@ -1,0 +1,172 @@
+"""The run folder: the only thing that other commands read.
+
+    runs/NAME/  recipe.yaml   every setting        env.json       versions, hardware, hashes of data and model
+                status.json   running, done, …     metrics.jsonl  one line per optimizer step
+                log.txt       what was printed     checkpoints/   the best step so far
+                adapter/      what was trained     report.json    the final figures
+                correct.json  which test rows were right
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from graft.config import read_yaml
+from graft.errors import DamagedError, GraftError, RecipeError, ResourceError
+from graft.files import write_json, write_text
+
+FILES = {
+    "recipe.yaml", "env.json", "status.json", "metrics.jsonl", "log.txt", "checkpoints", "adapter", "report.json",
+    "correct.json", ".lock",
+}  # fmt: skip
+
+
+class RunFolder:
+    """One run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._last = 0.0
+
+    @contextmanager
+    def open(self, recipe: Mapping[str, Any], yaml: str) -> Iterator[bool]:
+        """Hold the folder for one run; gives False when it holds this very run, finished.
+
+        An unfinished start of the same run is removed. Raises `RecipeError` when the folder holds another run or other
+        files, `ResourceError` when another process is running there.
+        """
+        self.check(recipe)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise ResourceError(f"{self.path} cannot be made ({error.strerror})", "choose another folder") from None
+        with lock:
+            self._lock(lock)
+            self.check(recipe)
+            if self.finished(recipe):
+                yield False
+                return
+            for name in FILES - {".lock"}:
+                old = self.path / name
+                if old.is_dir():
+                    shutil.rmtree(old)
+                else:
+                    old.unlink(missing_ok=True)
+            write_text(self.path / "recipe.yaml", yaml)
+            self.status("running", phase="starting", fraction=0.0)
+            yield True
+
+    def _lock(self, lock: TextIO) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ResourceError(f"{self.path}: another process is running there", "wait for it, or choose another folder") from None
+
+    def check(self, recipe: Mapping[str, Any]) -> None:
+        """Raise `RecipeError` when the folder holds anything but this run, finished or not."""
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise RecipeError(f"{self.path} is a file, a run needs a folder")
+        inside = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
+        foreign = sorted(inside - FILES)
+        if foreign:
+            raise RecipeError(f"{self.path} holds other files ({foreign[0]})", "choose another folder with -o")
+        stored = self.recipe()
+        if stored is not None and stored != recipe:
+            changed = ", ".join(differences(stored, recipe)[:3])
+            raise RecipeError(f"{self.path} holds another run ({changed})", "choose another folder with -o")
+
+    def recipe(self) -> dict[str, Any] | None:
+        """The recipe of the run in the folder."""
+        path = self.path / "recipe.yaml"
+        return read_yaml(path) if path.exists() else None
+
+    def finished(self, recipe: Mapping[str, Any] | None = None) -> bool:
+        """Whether the folder holds a finished run (of `recipe`)."""
+        if self.read("status.json").get("state") != "done" or not (self.path / "report.json").exists():
+            return False
+        return recipe is None or self.recipe() == recipe
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A JSON file of the folder; empty when it is not there."""
+        try:
+            value = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise DamagedError(f"{self.path / name} cannot be read ({error})", "run it again in another folder") from None
+        return value if isinstance(value, dict) else {}
+
+    def status(self, state: str, **details: Any) -> None:
+        """Write status.json; while running at most every 0.3 s, which a watching command reads."""
+        now = time.monotonic()
+        if state == "running" and now - self._last < 0.3:
+            return
+        self._last = now
+        write_json(self.path / "status.json", {"state": state, "pid": os.getpid(), **details})
+
+    def fail(self, error: BaseException) -> None:
+        """Write how the run ended early."""
+        stopped = isinstance(error, KeyboardInterrupt)
+        cause = "interrupted" if stopped else error.message if isinstance(error, GraftError) else repr(error)
+        self.status("stopped" if stopped else "failed", cause=cause)
+
+    def append(self, name: str, line: str) -> None:
+        """Add a line to a log file."""
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def differences(left: Mapping[str, Any], right: Mapping[str, Any], at: str = "") -> list[str]:
+    """Which settings differ, as `key: left, now right`."""
+    found = []
+    for key in [*left, *(key for key in right if key not in left)]:
+        a, b = left.get(key), right.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{at}{key}.")
+        elif a != b:
+            found.append(f"{at}{key}: {a}, now {b}")
+    return found
+
+
+def find_run(path: str | Path) -> RunFolder:
+    """The finished run in a folder; raises `RecipeError` when there is none."""
+    run = RunFolder(Path(path))
+    if not (run.path / "recipe.yaml").exists():
+        raise RecipeError(f"{path} is not a run", "`graft runs` lists them")
+    if not run.finished():
+        state = run.read("status.json").get("state", "unknown")
+        raise RecipeError(f"{path}: the run is not finished ({state})", "run it again to the end")
+    return run
+
+
+def list_runs(folder: Path) -> list[dict[str, Any]]:
+    """Every run below a folder: its path, method, data, state and quality."""
+    if not folder.is_dir():
+        raise RecipeError(f"{folder}: no such folder", "give the folder that holds the runs")
+    found = []
+    for recipe in sorted(folder.rglob("recipe.yaml")):
+        run = RunFolder(recipe.parent)
+        status = run.read("status.json")
+        if not status:  # a comparison's own recipe
+            continue
+        settings = run.recipe() or {}
+        method = settings.get("method") or {"name": "base"}
+        found.append(
+            {
+                "run": str(recipe.parent),
+                "method": method["name"],
+                "data": settings.get("data", {}).get("train", ""),
+                "state": status["state"],
+                "quality": run.read("report.json").get("quality"),
+            }
+        )
+    return found
