@@ -44,9 +44,7 @@ def tiny_wheel() -> bytes:
         wheel.writestr("tiny_model/model/sub/weights", b"w" * 2_000_000)
         wheel.writestr("tiny_model/model/other", "not a named member")
         wheel.writestr("../escaped", "not a named member either")
-        wheel.writestr(
-            "tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n"
-        )
+        wheel.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
         wheel.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         wheel.writestr("tiny_model-1.0.dist-info/RECORD", "")
     return buffer.getvalue()
@@ -146,9 +144,7 @@ def index(tiny, monkeypatch) -> Iterator[dict[str, bytes]]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             name = self.path.strip("/").rpartition("/")[2]
-            links = [
-                f'<a href="/{file}">{file}</a>' for file in served if file.startswith(name.replace("-", "_"))
-            ]
+            links = [f'<a href="/{file}">{file}</a>' for file in served if file.startswith(name.replace("-", "_"))]
             body = served.get(name) or "".join(links).encode()
             self.send_response(200 if body else 404)
             self.send_header("Content-Type", "application/octet-stream" if name in served else "text/html")
@@ -304,9 +300,7 @@ def test_files_that_are_not_the_pinned_ones(tiny, monkeypatch):
     assert not assets.is_pulled("two")
 
 
-@pytest.mark.parametrize(
-    "damage", ["cut", "missing file", "missing manifest", "manifest cut", "other version"]
-)
+@pytest.mark.parametrize("damage", ["cut", "missing file", "missing manifest", "manifest cut", "other version"])
 def test_damaged_folder_is_replaced(tiny, damage):
     tiny.offer(WHEEL)
     place = assets.pull("model")

@@ -242,16 +242,12 @@ def test_endless_line(tmp_path, name):
     with path.open("wb") as file:
         file.write(b'{"text": "' if name != "a.csv" else b"text,label\n")
         file.truncate(200_000_000)  # sparse: takes no space
-    with pytest.raises(
-        DataError, match=r"a line of more than 20 MB, the most allowed; write one JSON object"
-    ):
+    with pytest.raises(DataError, match=r"a line of more than 20 MB, the most allowed; write one JSON object"):
         read_rows(str(path))
 
 
 def test_unknown_names():
-    with pytest.raises(
-        DataError, match=r"'tweet' is neither starter data nor a file; did you mean 'tweets'\?"
-    ):
+    with pytest.raises(DataError, match=r"'tweet' is neither starter data nor a file; did you mean 'tweets'\?"):
         read_rows("tweet")
     with pytest.raises(DataError, match="starter model, not data"):
         read_rows("minilm-l6")
@@ -369,9 +365,7 @@ def test_notes_on_recurring_texts(tmp_path):
     )
 
 
-RARE = labelled(30).replace('"label": 1', '"label": 0') + labelled(9, "rare").replace(
-    '"label": 0', '"label": 1'
-)
+RARE = labelled(30).replace('"label": 1', '"label": 0') + labelled(9, "rare").replace('"label": 0', '"label": 1')
 SPLIT_FAULTS = {
     "one row": (GOOD, {}, "no row is left for train: 1 rows in 1 groups", "add rows"),
     "two rows": (GOOD + BAD, {}, "no row is left for", "add rows, or give files"),

@@ -43,9 +43,7 @@ def one_row(label: str) -> dict:
             "step": step,
             "examples": 16 * step,
             "train_loss": 0.69 * math.exp(-step * quality / 150) + 0.02 * math.sin(step),
-            "validation_quality": 0.5 + (quality - 0.5) * (1 - math.exp(-step / 60))
-            if step % 40 == 0
-            else None,
+            "validation_quality": 0.5 + (quality - 0.5) * (1 - math.exp(-step / 60)) if step % 40 == 0 else None,
         }
         for step in steps
     ]
@@ -204,8 +202,7 @@ def terminal(comparison: dict, columns: int = 80, width: int | None = None) -> s
 
 def test_summary_names_leaders_cheapest_forgetting_and_failures():
     assert summary(make()) == [
-        "full (86.1 %), lora (85.3 %) and bottleneck (84.7 %) lead; "
-        "no clear difference between full and the others.",
+        "full (86.1 %), lora (85.3 %) and bottleneck (84.7 %) lead; no clear difference between full and the others.",
         "base, frozen, prefix and prompt are clearly behind.",
         "Among the leaders, lora has the least memory (610 MB) and the smallest adapter (592 kB); "
         "bottleneck has the shortest training (1 min 24 s).",
@@ -223,9 +220,7 @@ def pick(comparison: dict, *labels: str) -> dict:
 
 def test_summary_of_two_leaders_gives_p():
     sentences = summary(pick(make(), "full", "lora", "prompt"))
-    assert (
-        sentences[0] == "full (86.1 %) and lora (85.3 %) lead; no clear difference between them (p = 0.31)."
-    )
+    assert sentences[0] == "full (86.1 %) and lora (85.3 %) lead; no clear difference between them (p = 0.31)."
     assert sentences[1] == "prompt is clearly behind."
 
 
@@ -311,9 +306,7 @@ def test_markup_in_labels_is_not_obeyed():
 
 def rows_of(page: Page, table: str) -> list[dict]:
     """The attributes of the row headers and cells of one table."""
-    ids = [
-        position for position, (_, attributes) in enumerate(page.elements) if attributes.get("id") == table
-    ]
+    ids = [position for position, (_, attributes) in enumerate(page.elements) if attributes.get("id") == table]
     after = page.elements[ids[0] + 1 :]
     end = next((i for i, (tag, _) in enumerate(after) if tag == "section"), len(after))
     return [{"tag": tag, **attributes} for tag, attributes in after[:end] if tag in ("th", "td")]
@@ -331,9 +324,7 @@ def test_page_loads_nothing(page, nasty):
         assert len(parsed.styles) == 1
         assert not re.search(r"url\(|@import|http", parsed.styles[0])
         policy = next(
-            meta["content"]
-            for meta in parsed.all("meta")
-            if "content" in meta and "default-src" in meta["content"]
+            meta["content"] for meta in parsed.all("meta") if "content" in meta and "default-src" in meta["content"]
         )
         assert policy.startswith("default-src 'none'")
         assert "http" not in policy
@@ -467,9 +458,7 @@ def test_importing_the_module_does_not_import_plotly():
 @pytest.mark.parametrize("comparison", [make(3), make_nasty()], ids=["plain", "nasty"])
 def test_a_browser_draws_every_plot(comparison, tmp_path):
     write_report(comparison, tmp_path / "report.html")
-    options = (
-        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
-    )
+    options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
     options += " --disable-quic --disable-component-update --enable-logging=stderr"
     options += " --virtual-time-budget=5000 --dump-dom"
     profile = f"--user-data-dir={tmp_path / 'profile'}"

@@ -92,9 +92,7 @@ def test_one_seed_is_exact_mcnemar():
     assert found.difference == pytest.approx(0.10)
     # Agresti and Min: cells 15.5 and 5.5 of 102 rows.
     spread = np.sqrt((21 / 102 - (10 / 102) ** 2) / 102)
-    assert (found.low, found.high) == pytest.approx(
-        (10 / 102 - 1.96 * spread, 10 / 102 + 1.96 * spread), abs=1e-5
-    )
+    assert (found.low, found.high) == pytest.approx((10 / 102 - 1.96 * spread, 10 / 102 + 1.96 * spread), abs=1e-5)
 
 
 def test_no_discordant_rows_and_identical_arrays_tie():

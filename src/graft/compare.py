@@ -68,9 +68,18 @@ def trials(recipe: Recipe, folder: Path) -> list[Trial]:
     for label, method in pairs:
         for seed in recipe.seeds[:1] if method is None else recipe.seeds:
             # A trial's recipe leaves the others out, so that adding a method repeats no finished trial.
-            one = recipe.model_copy(update={"method": method, "methods": [method or recipe.methods[0]], "seed": seed, "seeds": [seed]})
+            one = recipe.model_copy(
+                update={
+                    "method": method,
+                    "methods": [method or recipe.methods[0]],
+                    "seed": seed,
+                    "seeds": [seed],
+                }
+            )
             if method is None:
-                one = one.model_copy(update={"methods": Recipe.model_fields["methods"].get_default(call_default_factory=True)})
+                one = one.model_copy(
+                    update={"methods": Recipe.model_fields["methods"].get_default(call_default_factory=True)}
+                )
             slug = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in label)
             found.append(Trial(label, seed, one, folder / "trials" / f"{slug}-seed{seed}"))
     return found
@@ -79,7 +88,8 @@ def trials(recipe: Recipe, folder: Path) -> list[Trial]:
 def compare(recipe: Recipe, folder: Path, watch: Watch | None = None, command: str = "") -> dict[str, Any]:
     """Run every trial that is not finished yet, write comparison.json and report.html, and return the comparison.
 
-    A trial that fails costs its row. Raises what is wrong with the recipe, the data or the folder before any trial starts.
+    A trial that fails costs its row. Raises what is wrong with the recipe, the data or the folder before any
+    trial starts.
     """
     load_splits(recipe.data)
     locate(recipe.model)
@@ -123,7 +133,10 @@ def _check_folder(recipe: Recipe, folder: Path, planned: Sequence[Trial]) -> Non
             if difference.split(":")[0].split(".")[0] not in ignored
         ]
         if changed:
-            raise RecipeError(f"{folder} holds another comparison ({', '.join(changed[:3])})", "choose another folder with -o")
+            raise RecipeError(
+                f"{folder} holds another comparison ({', '.join(changed[:3])})",
+                "choose another folder with -o",
+            )
     for trial in planned:
         RunFolder(trial.folder).check(trial.recipe.resolved())
 
@@ -144,7 +157,8 @@ def _run(trial: Trial, tell: Callable[[str, float], None]) -> str | None:
         text=True,
         env={**os.environ, PARENT: str(os.getpid())},
     )
-    assert process.stdin is not None and process.stderr is not None
+    assert process.stdin is not None
+    assert process.stderr is not None
     try:
         with suppress(BrokenPipeError):
             process.stdin.write(trial.recipe.to_yaml())
@@ -189,7 +203,9 @@ def assemble(recipe: Recipe, planned: Sequence[Trial], causes: dict[str, str], c
         failed = [causes[trial.name] for trial in mine if trial.name in causes]
         finished = [trial for trial in mine if trial.name not in causes]
         if failed or not finished:
-            rows.append({"label": label, "method": label.split()[0], "status": "failed", "cause": failed[0]} | _nothing())
+            rows.append(
+                {"label": label, "method": label.split()[0], "status": "failed", "cause": failed[0]} | _nothing()
+            )
             continue
         arrays[label] = [correct[trial.name] for trial in finished]
         rows.append(_row(label, [reports[trial.name] for trial in finished], arrays[label], base, recipe))
@@ -225,7 +241,11 @@ def _nothing() -> dict[str, Any]:
 
 
 def _row(
-    label: str, reports: Sequence[dict[str, Any]], correct: list[list[int]], base: dict[str, Any], recipe: Recipe
+    label: str,
+    reports: Sequence[dict[str, Any]],
+    correct: list[list[int]],
+    base: dict[str, Any],
+    recipe: Recipe,
 ) -> dict[str, Any]:
     measured = interval(correct)
     figures = {name: _mean([report.get(name) for report in reports]) for name in _FIGURES[3:]}
@@ -268,7 +288,10 @@ def _data(recipe: Recipe) -> dict[str, Any]:
 
 
 def _notes(recipe: Recipe) -> list[str]:
-    notes = ["The untouched base classifies by the nearest mean embedding of the training rows of each label; nothing in it is trained."]
+    notes = [
+        "The untouched base classifies by the nearest mean embedding of the training rows of each label; "
+        "nothing in it is trained."
+    ]
     if recipe.forgetting:
         notes.append(
             "Forgetting: recall@10 of finding another sentence of the same document among up to "
@@ -276,5 +299,7 @@ def _notes(recipe: Recipe) -> list[str]:
         )
     if recipe.transfer:
         notes.append("Transfer: accuracy of the tuned classifier on texts of other kinds, without training on them.")
-    notes.append("Peak memory is that of the training process, with the libraries it loads. Latency is of one row at a time.")
+    notes.append(
+        "Peak memory is that of the training process, with the libraries it loads. Latency is of one row at a time."
+    )
     return notes

@@ -25,6 +25,11 @@ class Config(BaseModel):
     aliases: ClassVar[dict[str, str]] = {}
     """Spellings of other tools, mapped to the field's own name."""
 
+    @classmethod
+    def sections(cls, values: Mapping[str, Any]) -> dict[str, type["Config"]]:
+        """The sections in which a bare `key=value` is looked up, for these values."""
+        return {}
+
     default_names: ClassVar[dict[str, str]] = {}
     """For a section that is one of several classes: the class when only settings are given."""
 
@@ -108,20 +113,16 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()
-            raise yaml.constructor.ConstructorError(
-                None, None, "anchors and aliases are not allowed", event.start_mark
-            )
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.constructor.ConstructorError(None, None, "anchors and aliases are not allowed", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"keys are words, got {key!r}", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"keys are words, got {key!r}", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands twice", key_node.start_mark
@@ -187,8 +188,24 @@ def override(values: Mapping[str, Any], cls: type[Config], assignments: Sequence
                 inner = {"name": cls.default_names[part]}
             target[part] = inner = dict(inner) if isinstance(inner, Mapping) else {}
             target = inner
-        target[path[-1]] = value
+        _assign(target, _owner(result, cls, path), path[-1], value)
     return result
+
+
+def _assign(target: dict[str, Any], owner: type[Config] | None, key: str, value: Any) -> None:
+    """Set a key under its own name, in place of any spelling of it that is there."""
+    aliases = owner.aliases if owner is not None else {}
+    name = aliases.get(key, key)
+    for given in [given for given in target if aliases.get(given, given) == name]:
+        del target[given]
+    target[name] = value
+
+
+def _owner(values: Mapping[str, Any], cls: type[Config], path: Sequence[str]) -> type[Config] | None:
+    """The class whose field `path` ends in, as far as it is known before parsing."""
+    if len(path) == 1:
+        return cls
+    return cls.sections(values).get(path[0]) if len(path) == 2 else None
 
 
 def _copy(value: Any) -> Any:
@@ -205,7 +222,7 @@ def _locate(values: Mapping[str, Any], cls: type[Config], name: str) -> list[str
     if name in cls.model_fields:
         return [name]
     owners = []
-    sections = cls.sections(values) if hasattr(cls, "sections") else {}
+    sections = cls.sections(values)
     for section, owner in sections.items():
         if name in owner.model_fields or name in owner.aliases:
             owners.append(section)

@@ -1,16 +1,16 @@
 """The errors of Graft, each with an exit code and, where there is one, a remedy.
 
-    GraftError
-    ├── UsageError       2    bad recipe, data, model or call
-    │   ├── RecipeError       a key or value of a recipe
-    │   ├── DataError         a row, file or column
-    │   ├── ModelError        a base model that is missing, incomplete or unknown
-    │   ├── RouteError        rows that cannot go where they were sent
-    │   └── NotMergeable      a method that cannot be written into its base
-    ├── ResourceError    3    no memory, disk or network
-    ├── GuardError       4    a guard stopped the run
-    ├── DamagedError     5    a file that is cut off, altered or made for something else
-    └── Interrupted    130    Ctrl-C or SIGTERM
+GraftError
+├── UsageError       2    bad recipe, data, model or call
+│   ├── RecipeError       a key or value of a recipe
+│   ├── DataError         a row, file or column
+│   ├── ModelError        a base model that is missing, incomplete or unknown
+│   ├── RouteError        rows that cannot go where they were sent
+│   └── NotMergeable      a method that cannot be written into its base
+├── ResourceError    3    no memory, disk or network
+├── GuardError       4    a guard stopped the run
+├── DamagedError     5    a file that is cut off, altered or made for something else
+└── Interrupted    130    Ctrl-C or SIGTERM
 """
 
 from collections.abc import Iterable

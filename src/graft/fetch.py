@@ -55,8 +55,7 @@ def download(archive: Archive, work: Path, report: Report, offered: Path) -> Pat
     # pip's temporary file, its copy in the destination and the unpacked files exist at once.
     if disk_usage(work).free < 3 * archive.size:
         raise ResourceError(
-            f"{archive.archive} cannot be fetched: {work.parent} has less than "
-            f"{3 * archive.size / 1e6:.0f} MB free",
+            f"{archive.archive} cannot be fetched: {work.parent} has less than {3 * archive.size / 1e6:.0f} MB free",
             "free some space there or set GRAFT_CACHE to another folder",
         )
     temporary, out, log = work / "tmp", work / "out", work / "pip.log"
@@ -95,9 +94,7 @@ def _files(temporary: Path, out: Path) -> list[tuple[Path, int]]:
 
 
 @contextmanager
-def _pip(
-    archive: Archive, work: Path, temporary: Path, out: Path, log: Path
-) -> Iterator[subprocess.Popen[bytes]]:
+def _pip(archive: Archive, work: Path, temporary: Path, out: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """pip, downloading `archive` to `out`, with its temporary files in `temporary`; ended on leaving."""
     requirements = work / "requirements.txt"
     requirements.write_text(f"{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n")

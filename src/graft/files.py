@@ -65,7 +65,9 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ResourceError(f"{path} cannot be written ({error.strerror or error})", "free space or choose another place") from None
+        raise ResourceError(
+            f"{path} cannot be written ({error.strerror or error})", "free space or choose another place"
+        ) from None
 
 
 def _flush(path: Path) -> None:

@@ -18,8 +18,8 @@ from graft import __version__
 class PeakMemory:
     """Peak memory of this process from its creation on, in bytes.
 
-    On CUDA the allocator's peak; on Linux the kernel's high-water mark of resident memory, which is reset first; elsewhere
-    the mark since the process began, which is at least as high.
+    On CUDA the allocator's peak; on Linux the kernel's high-water mark of resident memory, which is reset
+    first; elsewhere the mark since the process began, which is at least as high.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -91,7 +91,11 @@ def _commit() -> str | None:
     here = Path(__file__).resolve().parent
     try:
         run = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+            ["git", "-C", str(here), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

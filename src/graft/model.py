@@ -90,7 +90,9 @@ class Site:
 
 @dataclass(frozen=True)
 class Hidden:
-    """What a body gives: `last` [B, S, d], `pooled` [B, d] where the base has a pooler, and the mask [B, S] of `last`."""
+    """What a body gives: `last` [B, S, d], `pooled` [B, d] where the base has a pooler, and the mask [B, S]
+    of `last`.
+    """
 
     last: Tensor
     pooled: Tensor | None
@@ -199,7 +201,9 @@ class Base:
         classifiers do) and gives the decoder's states.
         """
         mask = batch["attention_mask"]
-        inputs = {key: value for key, value in batch.items() if key in ("input_ids", "attention_mask", "token_type_ids")}
+        inputs = {
+            key: value for key, value in batch.items() if key in ("input_ids", "attention_mask", "token_type_ids")
+        }
         if self.family.kind == "encoder-decoder":
             return self._decoder_hidden(inputs, mask)
         if bool((mask[:, 0] == 0).any()):
@@ -254,17 +258,15 @@ class Base:
     def site_names(self) -> list[str]:
         """Every name that `select` knows for this base: roles, and last parts of module paths."""
         roles = {site.role for site in self.sites} | {_bare(site.role) for site in self.sites}
-        modules = {path.rsplit(".", 1)[-1] for path, module in self.modules_by_path.items() if isinstance(module, LINEAR)}
+        modules = {
+            path.rsplit(".", 1)[-1] for path, module in self.modules_by_path.items() if isinstance(module, LINEAR)
+        }
         return sorted(roles | modules | {"all-linear"})
 
     def _match(self, pattern: str, linear_only: bool) -> list[Site]:
         if pattern == "all-linear":
             return [site for site in self.sites if site.linear and site.columns is None and site.layer is not None]
-        named = [
-            site
-            for site in self.sites
-            if pattern in (site.role, site.name) or _bare(site.role) == pattern
-        ] or [
+        named = [site for site in self.sites if pattern in (site.role, site.name) or _bare(site.role) == pattern] or [
             site
             for site in self.sites
             if site.linear and site.columns is None and (site.path == pattern or site.path.endswith(f".{pattern}"))
@@ -283,7 +285,7 @@ def _find_sites(model: PreTrainedModel, family: Family) -> Iterator[Site]:
     prefix = f"{family.body}." if family.body else ""
     yield _site("embed", "embed", None, model, f"{prefix}{family.embed}", hidden=hidden)
     for stack in family.stacks:
-        for index in range(len(body.get_submodule(stack.layers))):
+        for index in range(layer_count(body, stack.layers)):
             layer = f"{prefix}{stack.layers}.{index}"
             for role, spot in stack.spots.items():
                 if not _exists(model, f"{layer}.{spot.out}"):
@@ -303,6 +305,11 @@ def _find_sites(model: PreTrainedModel, family: Family) -> Iterator[Site]:
         yield _site("norm.final", "norm.final", None, model, f"{prefix}{family.final_norm}", hidden=hidden)
     if family.lm_head:
         yield _site("head", "head", None, model, family.lm_head, hidden=hidden)
+
+
+def layer_count(body: nn.Module, path: str) -> int:
+    """The number of layers in a stack."""
+    return sum(1 for _ in body.get_submodule(path).children())
 
 
 def _exists(model: nn.Module, path: str) -> bool:
@@ -348,7 +355,8 @@ def _site(
 def load_base(name: str, *, dtype: torch.dtype = torch.float32) -> Base:
     """Load a base model by starter name, local folder or hub id.
 
-    Weights are read from safetensors only and no code of the model's repository is run. Raises `ModelError` (missing, incomplete, unknown
+    Weights are read from safetensors only and no code of the model's repository is run. Raises `ModelError`
+    (missing, incomplete, unknown
     architecture), `DamagedError` (weights cut off) or `ResourceError` (no network for a hub id).
     """
     source = locate(name)
@@ -370,13 +378,21 @@ def _load(name: str, source: str, dtype: torch.dtype) -> Base:
         except Exception as error:  # safetensors' own error type is not importable by name in every version
             if "safetensor" not in type(error).__name__.lower():
                 raise
-            raise DamagedError(f"{name}: the weights are damaged ({_first_line(error)})", "fetch the model again") from error
+            raise DamagedError(
+                f"{name}: the weights are damaged ({_first_line(error)})", "fetch the model again"
+            ) from error
 
     config = attempt("config", lambda: AutoConfig.from_pretrained(source, trust_remote_code=False))
     if config.model_type not in FAMILIES:
-        raise ModelError(f"{name}: architecture {config.model_type!r} is not known", nearest(config.model_type, FAMILIES))
+        raise ModelError(
+            f"{name}: architecture {config.model_type!r} is not known", nearest(config.model_type, FAMILIES)
+        )
     kind = FAMILIES[config.model_type].kind
-    factory = {"encoder": AutoModel, "decoder": AutoModelForCausalLM, "encoder-decoder": AutoModelForSeq2SeqLM}[kind]
+    factory = {
+        "encoder": AutoModel,
+        "decoder": AutoModelForCausalLM,
+        "encoder-decoder": AutoModelForSeq2SeqLM,
+    }[kind]
     tokenizer = attempt("tokenizer", lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=False))
     model, report = attempt(
         "weights",
@@ -388,7 +404,8 @@ def _load(name: str, source: str, dtype: torch.dtype) -> Base:
     unusable = [key for key in missing if "pooler" not in key]
     if unusable:
         raise ModelError(
-            f"{name}: {len(unusable)} tensors are missing from the weights, first {unusable[0]!r}", "fetch the model again"
+            f"{name}: {len(unusable)} tensors are missing from the weights, first {unusable[0]!r}",
+            "fetch the model again",
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -423,10 +440,16 @@ def _checked_folder(name: str, path: Path) -> str:
     try:
         json.loads(config.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise DamagedError(f"{name}: config.json cannot be read ({_first_line(error)})", "fetch the model again") from None
+        raise DamagedError(
+            f"{name}: config.json cannot be read ({_first_line(error)})", "fetch the model again"
+        ) from None
     if not any(path.glob("*.safetensors")):
         pickled = any(path.glob("*.bin"))
-        remedy = "convert the .bin weights, which can run code when read, to safetensors" if pickled else "fetch the model again"
+        remedy = (
+            "convert the .bin weights, which can run code when read, to safetensors"
+            if pickled
+            else "fetch the model again"
+        )
         raise ModelError(f"{name}: no .safetensors weights", remedy)
     if not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
         raise ModelError(f"{name}: no tokenizer files", "copy tokenizer.json beside the weights")

@@ -16,7 +16,8 @@ from graft.train.loop import Training
 
 
 def _named(value: Any) -> dict[str, Any]:
-    return {"name": value.name} | value.model_dump(mode="json")
+    settings: dict[str, Any] = value.model_dump(mode="json")
+    return {"name": value.name} | settings
 
 
 def _choice_schema(classes: Mapping[str, type[Config]]) -> dict[str, Any]:
@@ -49,7 +50,11 @@ COMPARED = ("full", "frozen", "lora", "bottleneck", "prefix", "prompt")
 class Recipe(Config):
     """A model, data, an objective, a method (or several to compare) and how to train."""
 
-    aliases: ClassVar[dict[str, str]] = {"base_model": "model", "model_name_or_path": "model", "dataset": "data"}
+    aliases: ClassVar[dict[str, str]] = {
+        "base_model": "model",
+        "model_name_or_path": "model",
+        "dataset": "data",
+    }
     default_names: ClassVar[dict[str, str]] = {"method": "lora", "objective": "classify"}
 
     model: str = Field(min_length=1)

@@ -174,9 +174,7 @@ def _setup(comparison: Mapping[str, Any]) -> list[tuple[str, str]]:
         "memory": [memory and _bytes(memory)],
         **{str(key).replace("_", " "): [value] for key, value in environment.items()},
     }
-    texts = (
-        (key, ", ".join(str(part) for part in parts if part is not None)) for key, parts in facts.items()
-    )
+    texts = ((key, ", ".join(str(part) for part in parts if part is not None)) for key, parts in facts.items())
     return [(key, text) for key, text in texts if text]
 
 
@@ -371,9 +369,7 @@ def _column(head: str, short: str, show: Callable[[float], str], *path: str) -> 
     return _computed(head, short, show, value)
 
 
-def _computed(
-    head: str, short: str, show: Callable[[float], str], value: Callable[[Row], float | None]
-) -> _Column:
+def _computed(head: str, short: str, show: Callable[[float], str], value: Callable[[Row], float | None]) -> _Column:
     def text(row: Row) -> str:
         figure = value(row)
         return "–" if figure is None else show(figure)

@@ -45,13 +45,10 @@ class Route:
         rows = tuple(_names(entry) for entry in entries)
         if not rows:
             raise RouteError("a route by rows needs at least one row")
-        if len(set(rows)) == 1:
-            groups = ((rows[0], torch.arange(len(rows), device=device)),)
-        else:
-            groups = tuple(
-                (names, torch.tensor([i for i, row in enumerate(rows) if row == names], device=device))
-                for names in dict.fromkeys(rows)
-            )
+        groups = tuple(
+            (names, torch.tensor([i for i, row in enumerate(rows) if row == names], device=device))
+            for names in dict.fromkeys(rows)
+        )
         inverse = torch.cat([index for _, index in groups]).argsort()
         return cls(uniform=None, entries=rows, groups=groups, inverse=inverse)
 

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,9 @@ class _Run:
         self.folder.append("log.txt", line)
 
 
-def execute(recipe: Recipe, path: Path, watch: Watch | None = None, say: Callable[[str], None] | None = None) -> dict[str, Any]:
+def execute(
+    recipe: Recipe, path: Path, watch: Watch | None = None, say: Callable[[str], None] | None = None
+) -> dict[str, Any]:
     """Run a recipe in a folder and return the content of its report.json.
 
     A folder that holds this very run, finished, is left as it is. With `method: null` the untouched base is measured.
@@ -78,7 +80,9 @@ def execute(recipe: Recipe, path: Path, watch: Watch | None = None, say: Callabl
         try:
             accelerator, precision = _prepare(recipe)
             run = _Run(recipe, folder, precision, accelerator, splits, tell)
-            report = _measure_base(run) if recipe.method is None else _train(run, recipe.method, say or (lambda _: None))
+            report = (
+                _measure_base(run) if recipe.method is None else _train(run, recipe.method, say or (lambda _: None))
+            )
             write_json(path / "report.json", report)
             folder.status("done", fraction=1.0)
         except BaseException as error:
@@ -249,7 +253,9 @@ def _share(done: int, recipe: Recipe) -> float:
 
 
 def _curve(fitted: Fit) -> list[dict[str, Any]]:
-    """About a hundred points of the learning curve, each with the mean loss since the one before; all evaluations are kept."""
+    """About a hundred points of the learning curve, each with the mean loss since the one before; all
+    evaluations are kept.
+    """
     width = max(1, math.ceil(len(fitted.points) / 100))
     curve: list[dict[str, Any]] = []
     losses: list[float] = []
@@ -262,7 +268,12 @@ def _curve(fitted: Fit) -> list[dict[str, Any]]:
 
 
 def _curve_point(point: Point, loss: float) -> dict[str, Any]:
-    return {"step": point.step, "examples": point.examples, "train_loss": loss, "validation_quality": point.quality}
+    return {
+        "step": point.step,
+        "examples": point.examples,
+        "train_loss": loss,
+        "validation_quality": point.quality,
+    }
 
 
 def _latencies(run: _Run, base: Base, adapter: Adapter, method: Method) -> dict[str, Any]:
@@ -310,7 +321,7 @@ def _measure_base(run: _Run) -> dict[str, Any]:
     base = load_for(recipe, run.precision, run.accelerator.device)
     _record_environment(run, base)
     with torch.no_grad(), run.accelerator.autocast():
-        sets = {"test": run.splits.test}
+        sets: dict[str, Sequence[Row]] = {"test": run.splits.test}
         sets |= {name: transfer_rows(recipe, run.splits.labels, name) for name in recipe.transfer}
         run.watch("classifying by nearest centroid", 0.1)
         right = nearest_centroid(base, run.splits.train, sets, run.splits.labels)
@@ -356,9 +367,7 @@ def evaluate_run(path: Path, data: str | None = None, watch: Watch | None = None
     store.load(base, found.path / "adapter", ADAPTER)
     examples = recipe.objective.examples(rows, base, splits.labels, recipe.data.max_length)
     with accelerator.autocast():
-        result = recipe.objective.evaluate(
-            base, examples, ADAPTER, recipe.training.per_device_eval_batch_size, watch
-        )
+        result = recipe.objective.evaluate(base, examples, ADAPTER, recipe.training.per_device_eval_batch_size, watch)
     measured = interval([result.correct])
     return {
         "run": str(path),

@@ -1,10 +1,10 @@
 """The run folder: the only thing that other commands read.
 
-    runs/NAME/  recipe.yaml   every setting        env.json       versions, hardware, hashes of data and model
-                status.json   running, done, …     metrics.jsonl  one line per optimizer step
-                log.txt       what was printed     checkpoints/   the best step so far
-                adapter/      what was trained     report.json    the final figures
-                correct.json  which test rows were right
+runs/NAME/  recipe.yaml   every setting        env.json       versions, hardware, hashes of data and model
+            status.json   running, done, …     metrics.jsonl  one line per optimizer step
+            log.txt       what was printed     checkpoints/   the best step so far
+            adapter/      what was trained     report.json    the final figures
+            correct.json  which test rows were right
 """
 
 import fcntl
@@ -67,7 +67,9 @@ class RunFolder:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ResourceError(f"{self.path}: another process is running there", "wait for it, or choose another folder") from None
+            raise ResourceError(
+                f"{self.path}: another process is running there", "wait for it, or choose another folder"
+            ) from None
 
     def check(self, recipe: Mapping[str, Any]) -> None:
         """Raise `RecipeError` when the folder holds anything but this run, finished or not."""
@@ -102,7 +104,9 @@ class RunFolder:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            raise DamagedError(f"{self.path / name} cannot be read ({error})", "run it again in another folder") from None
+            raise DamagedError(
+                f"{self.path / name} cannot be read ({error})", "run it again in another folder"
+            ) from None
         return value if isinstance(value, dict) else {}
 
     def status(self, state: str, **details: Any) -> None:

@@ -165,9 +165,7 @@ def _one_seed(wins: int, losses: int, ties: int) -> tuple[float, float, float]:
     return half, centre, p
 
 
-def _several_seeds(
-    counts: NDArray[np.int64], difference: float, variance: float
-) -> tuple[float, float, float]:
+def _several_seeds(counts: NDArray[np.int64], difference: float, variance: float) -> tuple[float, float, float]:
     """Half width, centre and p; `counts` are rows by the sum of their gap over seeds, -seeds..seeds.
 
     Half a row is added at each end and one in the middle, as Agresti and Min do, so that a few rows that

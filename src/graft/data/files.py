@@ -144,13 +144,9 @@ def _utf16_lines(path: Path, content: bytes) -> Iterator[tuple[int, str]]:
 
 def _check_line(path: Path, number: int, length: int, has_nul: bool) -> None:
     if length > MAX_LINE:
-        raise DataError(
-            f"{path}:{number}: a line of more than {MAX_LINE // 10**6} MB, the most allowed", _AS_JSONL
-        )
+        raise DataError(f"{path}:{number}: a line of more than {MAX_LINE // 10**6} MB, the most allowed", _AS_JSONL)
     if has_nul:
-        raise DataError(
-            f"{path}:{number}: a NUL byte, so this is no text", "save the file as UTF-8 without NUL bytes"
-        )
+        raise DataError(f"{path}:{number}: a NUL byte, so this is no text", "save the file as UTF-8 without NUL bytes")
 
 
 class _FaultError(ValueError):
@@ -188,9 +184,7 @@ def _decode(path: Path, text: str, start: int, line: int) -> tuple[Any, int]:
         what = "the JSON is cut off" if cut else f"not JSON ({error.msg})"
         raise DataError(f"{path}:{at}: {what}", f"correct or remove the row; {_AS_JSONL}") from None
     except RecursionError:
-        raise DataError(
-            f"{path}:{line}: the JSON is nested too deep", f"flatten the row; {_AS_JSONL}"
-        ) from None
+        raise DataError(f"{path}:{line}: the JSON is nested too deep", f"flatten the row; {_AS_JSONL}") from None
     except ValueError as error:
         raise DataError(f"{path}:{line}: {error}", "correct or remove the row") from None
 

@@ -179,8 +179,7 @@ def _split_off(config: DataConfig, train: list[Row], given: dict[str, list[Row]]
     groups = group_near_equal(texts)
     names = split_by_group(groups, {"train": 1 - sum(lacking.values()), **lacking}, texts)
     parts = {
-        part: [row for row, name in zip(train, names, strict=True) if name == part]
-        for part in ("train", *lacking)
+        part: [row for row, name in zip(train, names, strict=True) if name == part] for part in ("train", *lacking)
     }
     for part, rows in parts.items():
         if not rows:
@@ -209,9 +208,7 @@ def _check_labels(parts: Mapping[str, list[Row]], config: DataConfig) -> tuple[s
                 )
     kept = subset(parts["train"], config.max_train_samples)
     if len({row.label for row in kept}) < 2:
-        raise DataError(
-            f"max_train_samples={config.max_train_samples} leaves rows of one label only", "give more"
-        )
+        raise DataError(f"max_train_samples={config.max_train_samples} leaves rows of one label only", "give more")
     return tuple(sorted(labels))
 
 

@@ -60,9 +60,7 @@ def _candidates(sets: Sequence[frozenset[str]]) -> Iterator[tuple[int, int]]:
 
     index = MinHashLSH(num_perm=BANDS * ROWS, params=(BANDS, ROWS))
     encoded = ([piece.encode("utf-8", "surrogatepass") for piece in pieces] for pieces in sets)
-    for number, signature in enumerate(
-        MinHash.generator(encoded, num_perm=BANDS * ROWS, seed=1, hashfunc=crc32)
-    ):
+    for number, signature in enumerate(MinHash.generator(encoded, num_perm=BANDS * ROWS, seed=1, hashfunc=crc32)):
         yield from ((earlier, number) for earlier in index.query(signature))
         index.insert(number, signature, check_duplication=False)
 

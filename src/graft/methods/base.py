@@ -53,7 +53,9 @@ class Method(Config):
     """Peak learning rate; when left out, this method's own default for the size of the base."""
 
     target_modules: list[str] | None = None
-    """Sites by role (attn.q, mlp.down, attention), by name (layers.3.attn.q), by PEFT's module names (q_proj, query), or all-linear."""
+    """Sites by role (attn.q, mlp.down, attention), by name (layers.3.attn.q), by PEFT's module names
+    (q_proj, query), or all-linear.
+    """
 
     layers_to_transform: list[int] | None = None
     """Only these layers, counted from 0; all when left out."""
@@ -81,7 +83,9 @@ class Method(Config):
         sites = base.select(patterns)
         fitting = [site for site in sites if self.accepts(site)]
         if not fitting:
-            raise UsageError(f"{self.name} cannot sit at {sites[0].role!r}", f"its default is {self.default_targets(base)}")
+            raise UsageError(
+                f"{self.name} cannot sit at {sites[0].role!r}", f"its default is {self.default_targets(base)}"
+            )
         if self.layers_to_transform is None:
             return fitting
         layers = {site.layer for site in base.sites if site.layer is not None}
@@ -133,11 +137,16 @@ def copy_tensors(adapter: Adapter, tensors: Mapping[str, Tensor], source: str, p
     shapes = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
     if missing or extra or shapes:
         faults = []
-        for what, names in (("missing", missing), ("unexpected", extra), ("of another shape", sorted(shapes))):
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", extra),
+            ("of another shape", sorted(shapes)),
+        ):
             if names:
                 faults.append(f"{len(names)} {what} ({', '.join(names[:3])}{' …' if len(names) > 3 else ''})")
         raise DamagedError(
-            f"{source}: of {len(own)} tensors " + ", ".join(faults), "the adapter was made for another base or settings"
+            f"{source}: of {len(own)} tensors " + ", ".join(faults),
+            "the adapter was made for another base or settings",
         )
     with torch.no_grad():
         for name, tensor in own.items():
@@ -158,7 +167,9 @@ def base_path(base: Base, name: str) -> str:
 
 
 def peft_targets(adapter: Adapter, base: Base) -> list[str]:
-    """`target_modules` for the adapter's sites: module names where peft would match just these, whole paths otherwise."""
+    """`target_modules` for the adapter's sites: module names where peft would match just these, whole paths
+    otherwise.
+    """
     paths = {site.path for site, _ in adapter.placed}
     ends = sorted({path.rsplit(".", 1)[-1] for path in paths})
     matched = {
@@ -187,7 +198,9 @@ def check_peft_config(
     for key, value in config.items():
         if key in known | _PEFT_COMMON or not value or (neutral or {}).get(key) == value:
             continue
-        raise DamagedError(f"{source}: {key} = {value!r} is not supported", "read it with peft, merge it and use the result")
+        raise DamagedError(
+            f"{source}: {key} = {value!r} is not supported", "read it with peft, merge it and use the result"
+        )
 
 
 _MACHINERY = {"base", "store", "table"}

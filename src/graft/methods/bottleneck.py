@@ -39,7 +39,10 @@ class Bottleneck(Method):
     rate_small: ClassVar[float] = 1e-3
     rate_large: ClassVar[float] = 2e-4
 
-    aliases: ClassVar[dict[str, str]] = Method.aliases | {"adapter_size": "bottleneck_size", "non_linearity": "activation"}
+    aliases: ClassVar[dict[str, str]] = Method.aliases | {
+        "adapter_size": "bottleneck_size",
+        "non_linearity": "activation",
+    }
 
     bottleneck_size: int = Field(default=32, ge=1)
     """Width of the bottleneck."""

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 
 from graft.errors import UsageError
 from graft.methods.base import Bypass, Method
-from graft.model import Base
+from graft.model import Base, layer_count
 from graft.parts.base import Adapter
 from graft.parts.own import own_parts
 
@@ -71,7 +71,7 @@ class Frozen(Method):
     def _layers(self, base: Base) -> tuple[str, ...]:
         prefixes = []
         for stack in base.family.stacks:
-            count = len(base.body.get_submodule(stack.layers))
+            count = layer_count(base.body, stack.layers)
             if self.last_layers > count:
                 raise UsageError(f"last_layers: {self.last_layers} of {count} layers")
             body = f"{base.family.body}." if base.family.body else ""

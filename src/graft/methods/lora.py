@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graft.errors import DamagedError, UsageError
-from graft.methods.base import Bypass, Method, base_path, check_peft_config, copy_tensors, peft_targets, task_path
+from graft.methods.base import (
+    Bypass,
+    Method,
+    base_path,
+    check_peft_config,
+    copy_tensors,
+    peft_targets,
+    task_path,
+)
 from graft.model import Base, Site
 from graft.parts.base import Adapter, Part, at_dtype_of
 
@@ -109,11 +117,24 @@ class Lora(Method):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Base, source: str) -> Method:
-        """The method of a folder that peft wrote. Its sites are those that the tensors name: target_modules can be a regular expression."""
+        """The method of a folder that peft wrote. Its sites are those that the tensors name: target_modules
+        can be a regular expression.
+        """
         read = {"r", "lora_alpha", "lora_dropout"}
-        harmless = {"target_modules", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "init_lora_weights", "exclude_modules"}
+        harmless = {
+            "target_modules",
+            "fan_in_fan_out",
+            "layers_to_transform",
+            "layers_pattern",
+            "init_lora_weights",
+            "exclude_modules",
+        }
         check_peft_config(config, read | harmless, source, neutral={"bias": "none"})
-        paths = {base_path(base, name).removesuffix(".weight").removesuffix(".lora_A") for name in tensors if ".lora_A" in name}
+        paths = {
+            base_path(base, name).removesuffix(".weight").removesuffix(".lora_A")
+            for name in tensors
+            if ".lora_A" in name
+        }
         if not paths:
             raise DamagedError(f"{source}: no lora_A among {len(tensors)} tensors", "the file is not a LoRA adapter")
         known = {site.path for site in base.sites if site.linear and site.columns is None}

@@ -32,8 +32,8 @@ class PrefixEncoder(nn.Module):
 class PrefixPart(Part):
     """Keys and values of n attended tokens at one attention: [n, 2, kv_heads, head_dim].
 
-    They join the keys and values inside the attention function rather than the cache: transformers drops the cache under
-    activation checkpointing, and one handed to a caller who asked for none is a leak.
+    They join the keys and values inside the attention function rather than the cache: transformers drops the
+    cache under activation checkpointing, and one handed to a caller who asked for none is a leak.
     """
 
     def __init__(self, site: Site, n: int, start: int, encoder: PrefixEncoder | None, std: float) -> None:
@@ -135,7 +135,13 @@ class Prefix(Method):
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Base, source: str) -> Method:
         """The method of a folder that peft wrote; a projection is folded away there."""
-        known = {"num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules"}
+        known = {
+            "num_virtual_tokens",
+            "token_dim",
+            "num_attention_heads",
+            "num_layers",
+            "num_transformer_submodules",
+        }
         check_peft_config(config, known | {"encoder_hidden_size", "prefix_projection"}, source)
         return cls.parse({"num_virtual_tokens": config.get("num_virtual_tokens")}, source)
 

@@ -32,7 +32,9 @@ class Prompt(Method):
 
     name: ClassVar[str] = "prompt"
     source: ClassVar[str] = "Lester et al. 2021, arXiv 2104.08691"
-    unified: ClassVar[Bypass] = Bypass("softmax(x Wq Pk^T) Pv", "layer input (parallel)", "attention, from layer 0 on", "(1-λ)h + λΔh")
+    unified: ClassVar[Bypass] = Bypass(
+        "softmax(x Wq Pk^T) Pv", "layer input (parallel)", "attention, from layer 0 on", "(1-λ)h + λΔh"
+    )
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     head_prefix: ClassVar[str] = "base_model."
     rate_small: ClassVar[float] = 1e-2
@@ -97,8 +99,19 @@ class Prompt(Method):
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Base, source: str) -> Method:
         """The method of a folder that peft wrote. There the pooler reads the first virtual token."""
-        known = {"num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_layers", "num_attention_heads"}
-        harmless = {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"}
+        known = {
+            "num_virtual_tokens",
+            "token_dim",
+            "num_transformer_submodules",
+            "num_layers",
+            "num_attention_heads",
+        }
+        harmless = {
+            "prompt_tuning_init",
+            "prompt_tuning_init_text",
+            "tokenizer_name_or_path",
+            "tokenizer_kwargs",
+        }
         check_peft_config(config, known | harmless, source)
         return cls.parse({"num_virtual_tokens": config.get("num_virtual_tokens"), "pool": "virtual"}, source)
 

@@ -97,7 +97,9 @@ def _default_name(folder: Path) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name)[:64] or "adapter"
 
 
-def _method(config: dict[str, Any], about: dict[str, Any], tensors: dict[str, Tensor], base: Base, source: str) -> Method:
+def _method(
+    config: dict[str, Any], about: dict[str, Any], tensors: dict[str, Tensor], base: Base, source: str
+) -> Method:
     if "method" in about:
         try:
             return read_method(about["method"], f"{source}/graft.json")
@@ -126,12 +128,17 @@ def _read_head(
     if described is None and out not in tensors:
         return None
     if described is None:
-        described = {"labels": [str(index) for index in range(tensors[out].shape[0])], "pooling": default_pooling(base)}
+        described = {
+            "labels": [str(index) for index in range(tensors[out].shape[0])],
+            "pooling": default_pooling(base),
+        }
     head = TaskHead.for_base(base, tuple(described["labels"]), described["pooling"], described.get("dropout", 0.1))
     expected = _head_tensors(head, method.head_prefix)
     wrong = [key for key, value in expected.items() if key not in tensors or tensors[key].shape != value.shape]
     if wrong:
-        raise DamagedError(f"{source}: {len(wrong)} tensors of the task head are missing or misshapen, first {wrong[0]}")
+        raise DamagedError(
+            f"{source}: {len(wrong)} tensors of the task head are missing or misshapen, first {wrong[0]}"
+        )
     with torch.no_grad():
         for key, value in expected.items():
             value.copy_(tensors[key])

@@ -22,7 +22,9 @@ Report = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Loss:
-    """A sum over a batch and its weight, so that accumulation over uneven batches is exact: total / weight is the mean."""
+    """A sum over a batch and its weight, so that accumulation over uneven batches is exact: total / weight
+    is the mean.
+    """
 
     total: Tensor
     weight: float
@@ -74,7 +76,12 @@ class Objective(Config):
         raise NotImplementedError
 
     def evaluate(
-        self, base: Base, examples: Sequence[Example], entry: Entry, batch_size: int, report: Report | None = None
+        self,
+        base: Base,
+        examples: Sequence[Example],
+        entry: Entry,
+        batch_size: int,
+        report: Report | None = None,
     ) -> Result:
         """Quality over examples, in their order."""
         raise NotImplementedError

@@ -25,7 +25,9 @@ class Classify(Objective):
     metric: ClassVar[str] = "accuracy"
 
     pooling: Pooling | None = None
-    """One vector per row from: the base's pooler, its first token, its last, or the mean; as transformers when left out."""
+    """One vector per row from: the base's pooler, its first token, its last, or the mean; as transformers
+    when left out.
+    """
 
     head_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Dropout before the head, in training."""
@@ -42,7 +44,11 @@ class Classify(Objective):
         index = {label: position for position, label in enumerate(labels)}
         pairs = [row.text_pair for row in rows] if any(row.text_pair for row in rows) else None
         encoded = base.tokenizer(
-            [row.text for row in rows], pairs, truncation=True, max_length=max_length, return_attention_mask=False
+            [row.text for row in rows],
+            pairs,
+            truncation=True,
+            max_length=max_length,
+            return_attention_mask=False,
         )
         types = encoded.get("token_type_ids", [None] * len(rows))
         examples = []
@@ -55,7 +61,9 @@ class Classify(Objective):
         return examples
 
     def prepare(self, base: Base, adapter: Adapter, labels: tuple[str, ...]) -> None:
-        """A head like that of transformers' own classifiers; the output head, and a pooler that is not used, stay still."""
+        """A head like that of transformers' own classifiers; the output head, and a pooler that is not used,
+        stay still.
+        """
         head = TaskHead.for_base(base, labels, self.pooling, self.head_dropout)
         adapter.head = head.to(base.device)
         unused = {module for site in base.sites if site.role == "head" for module in site.leave.modules()}
@@ -80,7 +88,12 @@ class Classify(Objective):
 
     @torch.no_grad()
     def evaluate(
-        self, base: Base, examples: Sequence[Example], entry: Entry, batch_size: int, report: Report | None = None
+        self,
+        base: Base,
+        examples: Sequence[Example],
+        entry: Entry,
+        batch_size: int,
+        report: Report | None = None,
     ) -> Result:
         """Accuracy, with no more than one batch of scores in memory."""
         correct = [0] * len(examples)
@@ -99,11 +112,16 @@ class Classify(Objective):
 
 
 def collate(base: Base, examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Examples as a batch: input_ids, attention_mask and, where the tokenizer gives them, token_type_ids, all [B, S]."""
+    """Examples as a batch: input_ids, attention_mask and, where the tokenizer gives them, token_type_ids,
+    all [B, S].
+    """
     filler = base.config.pad_token_id
     ids = pad([example.input_ids for example in examples], filler if filler is not None else 0, base.device)
     # Padding is marked by position, not by id: a pad token can be a real token too.
-    batch = {"input_ids": ids, "attention_mask": pad([[1] * len(example) for example in examples], 0, base.device)}
+    batch = {
+        "input_ids": ids,
+        "attention_mask": pad([[1] * len(example) for example in examples], 0, base.device),
+    }
     if examples[0].token_type_ids is not None:
         batch["token_type_ids"] = pad([example.token_type_ids or [] for example in examples], 0, base.device)
     return batch

@@ -128,7 +128,8 @@ class Host:
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The hidden states of a call: Llama passes them to its blocks by keyword."""
-    return args[0] if args else kwargs["hidden_states"]
+    x: Tensor = args[0] if args else kwargs["hidden_states"]
+    return x
 
 
 def attach(base: Base, adapter: Adapter) -> None:
@@ -141,7 +142,8 @@ def attach(base: Base, adapter: Adapter) -> None:
     if base.exclusive is not None or (adapter.exclusive and base.adapters):
         alone = base.exclusive or adapter.name
         raise UsageError(
-            f"{alone!r} trains the base in place, so it must be the only adapter", "give the method `exclusive: false`"
+            f"{alone!r} trains the base in place, so it must be the only adapter",
+            "give the method `exclusive: false`",
         )
     base.adapters[adapter.name] = adapter
     base.router.order.append(adapter.name)
@@ -159,7 +161,7 @@ def _place(base: Base, site: Site, name: str, part: Part) -> None:
     assert isinstance(lodging, nn.ModuleDict)
     if site.key not in lodging:
         lodging[site.key] = nn.ModuleDict()
-    lodging[site.key][f"adapter_{name}"] = part  # type: ignore[index, operator]
+    lodging[site.key][f"adapter_{name}"] = part  # type: ignore[operator]
     if part.does("own") or part.does("after"):
         host = site.leave.__dict__.get(_HOST)
         if host is None:

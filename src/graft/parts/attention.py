@@ -44,7 +44,8 @@ def open_slot(base: Base, module: nn.Module, where: str) -> AttentionSlot:
         if base.config._attn_implementation != NAME:
             raise ModelError(f"{base.name}: its attention cannot be replaced, so nothing can attend in it")
         base.model.__dict__["_graft_attention_before"] = before
-    return module.__dict__.setdefault(_SLOT, AttentionSlot(base.router, where))
+    slot: AttentionSlot = module.__dict__.setdefault(_SLOT, AttentionSlot(base.router, where))
+    return slot
 
 
 def close_slots(base: Base) -> None:
@@ -78,8 +79,8 @@ def graft_attention(
         bias = None if position_bias is None else take(position_bias, rows)
         mask = None if attention_mask is None else take(attention_mask, rows)
         q, k, v = (take(tensor, rows) for tensor in (query, key, value))
-        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": bias}
-        output: Tensor = sdpa_attention_forward(module, q, k, v, mask, **options, **kwargs)[0]
+        options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        output: Tensor = sdpa_attention_forward(module, q, k, v, mask, position_bias=bias, **options, **kwargs)[0]
         return output
 
     slot = slot_at(module)
@@ -99,9 +100,7 @@ def graft_attention(
         call: Core = core
         for part in reversed(chain):
             call = _nested(part, call)
-        return call(
-            take(query, rows), take(key, rows), take(value, rows), None if mask is None else take(mask, rows)
-        )
+        return call(take(query, rows), take(key, rows), take(value, rows), None if mask is None else take(mask, rows))
 
     return by_rows(slot.router, slot.parts, sdpa, attend, query.shape[0], slot.where), None
 
@@ -113,9 +112,7 @@ def _nested(part: Part, inner: Core) -> Core:
     return call
 
 
-def _explicit_mask(
-    mask: Tensor | None, bias: Tensor | None, query: Tensor, key: Tensor, causal: bool
-) -> Tensor | None:
+def _explicit_mask(mask: Tensor | None, bias: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
     """What `sdpa` would apply, as one mask: causality that it takes from a flag, and T5's position bias."""
     rows, columns = query.shape[2], key.shape[2]
     if mask is None and causal and rows > 1:

@@ -78,7 +78,7 @@ class Adapter(nn.Module):
         self.name = name
         self.method = method
         self.placed = placed
-        self.parts = nn.ModuleList(part for _, part in placed)
+        self.parts = nn.ModuleList(part for _, part in placed)  # so that .to(), .train() and .eval() reach them
         self.shared = shared
         self.head: nn.Module | None = None
         self.exclusive = exclusive
@@ -113,11 +113,11 @@ class Adapter(nn.Module):
     @property
     def positions(self) -> int:
         """Positions that attended tokens (a prefix) take before each row; virtual input tokens are not counted."""
-        return max((part.positions for part in self.parts if part.does("attend")), default=0)
+        return max((part.positions for _, part in self.placed if part.does("attend")), default=0)
 
     def virtual_parts(self) -> list[Part]:
         """The parts that give virtual input tokens."""
-        return [part for part in self.parts if part.does("virtual")]
+        return [part for _, part in self.placed if part.does("virtual")]
 
 
 def at_dtype_of(x: Tensor, weight: Tensor) -> Tensor:

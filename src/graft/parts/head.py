@@ -18,7 +18,13 @@ class TaskHead(nn.Module):
     """Scores [B, labels] from pooled states [B, d], with the layers and names of transformers' own task models."""
 
     def __init__(
-        self, width: int, labels: tuple[str, ...], names: dict[str, str], activation: str, pooling: Pooling, dropout: float
+        self,
+        width: int,
+        labels: tuple[str, ...],
+        names: dict[str, str],
+        activation: str,
+        pooling: Pooling,
+        dropout: float,
     ) -> None:
         super().__init__()
         self.labels = labels
@@ -37,7 +43,9 @@ class TaskHead(nn.Module):
                     nn.init.zeros_(layer.bias)
 
     @classmethod
-    def for_base(cls, base: Base, labels: tuple[str, ...], pooling: Pooling | None = None, dropout: float = 0.1) -> "TaskHead":
+    def for_base(
+        cls, base: Base, labels: tuple[str, ...], pooling: Pooling | None = None, dropout: float = 0.1
+    ) -> "TaskHead":
         """The head that transformers' sequence classifier of this architecture has."""
         family = base.family
         pooling = pooling or default_pooling(base)

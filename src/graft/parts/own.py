@@ -48,15 +48,19 @@ def own_parts(base: Base, wanted: Callable[[str], bool], exclusive: bool) -> lis
                 f"{path} holds parameters beside modules, so rows cannot have values of their own there",
                 "use `exclusive: true`",
             )
-        values = {}
+        values: dict[str, nn.Parameter] = {}
         for name, parameter in chosen.items():
             if id(parameter) not in copies:
-                # Masters are fp32: a bf16 weight loses updates below 1/256 of its size.
-                copy = parameter if exclusive else nn.Parameter(parameter.detach().to(torch.float32, copy=True))
-                copies[id(parameter)] = copy.requires_grad_(True)
+                copies[id(parameter)] = parameter if exclusive else _master(parameter)
+                copies[id(parameter)].requires_grad_(True)
             values[name] = copies[id(parameter)]
         placed.append((_module_site(path, module), OwnPart(values)))
     return placed
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    """A copy in fp32: a bf16 weight loses updates below 1/256 of its size."""
+    return nn.Parameter(parameter.detach().to(torch.float32, copy=True))
 
 
 def _module_site(path: str, module: nn.Module) -> Site:

@@ -128,7 +128,13 @@ class Tokens:
         return torch.cat([like.new_zeros(width - filled, like.shape[-1]), *tokens])
 
     def _positions(
-        self, given: dict[str, Any], mask: Tensor, length: int, counts: list[int], shifts: list[int], width: int
+        self,
+        given: dict[str, Any],
+        mask: Tensor,
+        length: int,
+        counts: list[int],
+        shifts: list[int],
+        width: int,
     ) -> Tensor | None:
         """Position ids [B, width + length]: a row's attended tokens first, then its virtual ones, then its own."""
         if self.base.family.positions == "relative":
@@ -139,7 +145,10 @@ class Tokens:
         before = torch.tensor([n + shift for n, shift in zip(counts, shifts, strict=True)], device=mask.device)
         own = own.expand(mask.shape[0], length) + before[:, None]
         columns = torch.arange(width, device=mask.device)[None]
-        start = torch.tensor(shifts, device=mask.device)[:, None] - (width - torch.tensor(counts, device=mask.device))[:, None]
+        start = (
+            torch.tensor(shifts, device=mask.device)[:, None]
+            - (width - torch.tensor(counts, device=mask.device))[:, None]
+        )
         front = (columns + start).clamp(min=0) + self.base.first_position
         positions = torch.cat([front, own], dim=1)
         limit = self.base.max_positions
@@ -195,7 +204,8 @@ class Tokens:
             mask = torch.ones(size, states.shape[1] - width, dtype=torch.long, device=states.device)
         if mask.shape[1] + width != states.shape[1]:
             raise RouteError(
-                f"the decoder got {states.shape[1]} encoder positions for a mask of {mask.shape[1]} and {width} virtual ones"
+                f"the decoder got {states.shape[1]} encoder positions for a mask of {mask.shape[1]} "
+                f"and {width} virtual ones"
             )
         block = _block_mask(counts, width, mask)
         given["encoder_attention_mask"] = torch.cat([block, mask], dim=1)

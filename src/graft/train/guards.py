@@ -64,7 +64,9 @@ class MovementGuard:
     def _stop(self, step: int, names: list[str], what: str, cause: str) -> None:
         shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
         total = len(self.moving) if "base" not in what else len(self.still)
-        raise GuardError(f"after step {step}, {len(names)} of {total} tensors {what} ({shown})", f"likely cause: {cause}")
+        raise GuardError(
+            f"after step {step}, {len(names)} of {total} tensors {what} ({shown})", f"likely cause: {cause}"
+        )
 
 
 _CHUNK = 1 << 20
@@ -73,7 +75,9 @@ _CHUNK = 1 << 20
 
 @torch.no_grad()
 def digest(tensor: Tensor) -> tuple[int, int]:
-    """Two sums over a tensor's bits, the second weighted by position: a change of any value, or an exchange of two, shows."""
+    """Two sums over a tensor's bits, the second weighted by position: a change of any value, or an exchange
+    of two, shows.
+    """
     flat = tensor.detach().reshape(-1)
     if flat.is_floating_point():
         flat = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])

@@ -142,12 +142,13 @@ class Trainer:
     @property
     def rows_per_step(self) -> int:
         """Rows of one effective batch."""
-        passes = self.training.gradient_accumulation_steps * self.accelerator.num_processes
+        passes = self.training.gradient_accumulation_steps * int(self.accelerator.num_processes)
         return self.training.per_device_train_batch_size * passes
 
     def planned_steps(self, rows: int) -> int:
         """Optimizer steps of a run over so many training rows."""
-        steps = max(1, round(math.ceil(rows / self.rows_per_step) * self.training.num_train_epochs))
+        per_epoch = math.ceil(rows / self.rows_per_step)
+        steps = max(1, round(per_epoch * self.training.num_train_epochs))
         return min(steps, self.training.max_steps or steps)
 
     def fit(self, train: Sequence[Example], validation: Sequence[Example]) -> Fit:

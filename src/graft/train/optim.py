@@ -24,7 +24,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], rate: float, weight_decay
 def share_of_peak(step: int, total: int, warmup: int, schedule: Schedule) -> float:
     """The learning rate of optimizer step `step` (from 0) as a share of its peak.
 
-    Warm-up rises in equal parts and reaches the peak at step `warmup`; the first step is never 0, the last never below 0.
+    Warm-up rises in equal parts and reaches the peak at step `warmup`; the first step is never 0, the last
+    never below 0.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
