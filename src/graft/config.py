@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
 from graft.errors import RecipeError, nearest
 
@@ -20,7 +20,9 @@ _notes: ContextVar[list[str] | None] = ContextVar("graft_config_notes", default=
 class Config(BaseModel):
     """A strict section of a recipe: unknown keys are errors, `aliases` are accepted with a note."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     aliases: ClassVar[dict[str, str]] = {}
     """Spellings of other tools, mapped to the field's own name."""
@@ -50,6 +52,15 @@ class Config(BaseModel):
                 notes.append(f"{alias!r} read as {name!r}")
         return renamed
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes` as true, which pydantic would take for 1."""
+        wanted = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and {int, float} & {wanted, *get_args(wanted)}:
+            raise ValueError("a number is needed, not true or false")
+        return value
+
     @classmethod
     def parse(cls, given: Any, source: str = "recipe") -> Self:
         """Validate `given`; raises `RecipeError` naming every fault at once."""
@@ -60,10 +71,14 @@ class Config(BaseModel):
         """`parse`, with a note for each alias that was accepted."""
         if not isinstance(given, Mapping):
             raise RecipeError(f"{source}: expected keys and values, got {type(given).__name__}")
+        outer = _notes.get()
         notes: list[str] = []
         token = _notes.set(notes)
         try:
-            return cls.model_validate(given), notes
+            parsed = cls.model_validate(given)
+            if outer is not None:
+                outer += notes
+            return parsed, notes
         except ValidationError as error:
             faults = [_fault(cls, dict(fault)) for fault in error.errors()]
             raise RecipeError(f"{source}: " + "; ".join(dict.fromkeys(faults))) from None
@@ -77,12 +92,16 @@ def _fault(cls: type[BaseModel], fault: dict[str, Any]) -> str:
     if fault["type"] == "extra_forbidden":
         owner = _section(cls, path[:-1])
         known = owner.model_fields if owner else ()
-        return f"unknown key {key!r}, {nearest(path[-1], known)}"
+        aliases = owner.aliases if owner and issubclass(owner, Config) else ()
+        return f"unknown key {key!r}, {nearest(path[-1], known, aliases)}"
     if fault["type"] == "missing":
         return f"{key!r} is missing"
     message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "model_type":
+        message = "expected keys and values"
     shown = repr(fault["input"])
-    return f"{key or 'recipe'}: {message}" + (f" (got {shown})" if key and len(shown) < 60 else "")
+    told = not key or len(shown) > 60 or (fault["type"] == "value_error" and isinstance(fault["input"], Mapping))
+    return (f"{key}: " if key else "") + message + ("" if told else f" (got {shown})")
 
 
 def _section(cls: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:
@@ -177,28 +196,32 @@ def override(values: Mapping[str, Any], cls: type[Config], assignments: Sequence
             path = _locate(result, cls, path[0])
         try:
             value = yaml.load(text, Loader=_Loader) if text else None
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError, ValueError):
             raise RecipeError(f"{assignment!r}: the value is not YAML") from None
         target = result
-        for part in path[:-1]:
+        for depth, part in enumerate(path[:-1]):
+            if depth == 0:
+                part = next((given for given in target if cls.aliases.get(given) == part), part)
             inner = target.get(part)
-            if isinstance(inner, str):  # `method: lora` is short for `method: {name: lora}`
+            if inner is None:
+                inner = {"name": cls.default_names[part]} if part in cls.default_names else {}
+            if isinstance(inner, str) and part in cls.default_names:  # `method: lora` is short for `{name: lora}`
                 inner = {"name": inner}
-            if inner is None and part in cls.default_names:
-                inner = {"name": cls.default_names[part]}
-            target[part] = inner = dict(inner) if isinstance(inner, Mapping) else {}
+            if not isinstance(inner, Mapping):
+                raise RecipeError(f"{assignment!r}: {part} is {inner!r}, which has no keys")
+            target[part] = inner = dict(inner)
             target = inner
         _assign(target, _owner(result, cls, path), path[-1], value)
     return result
 
 
 def _assign(target: dict[str, Any], owner: type[Config] | None, key: str, value: Any) -> None:
-    """Set a key under its own name, in place of any spelling of it that is there."""
+    """Set a key, in place of any spelling of it that is there."""
     aliases = owner.aliases if owner is not None else {}
     name = aliases.get(key, key)
     for given in [given for given in target if aliases.get(given, given) == name]:
         del target[given]
-    target[name] = value
+    target[key] = value  # as it was spelled: parsing notes it
 
 
 def _owner(values: Mapping[str, Any], cls: type[Config], path: Sequence[str]) -> type[Config] | None:
@@ -218,8 +241,7 @@ def _copy(value: Any) -> Any:
 
 def _locate(values: Mapping[str, Any], cls: type[Config], name: str) -> list[str]:
     """The path of a bare setting name: the recipe itself, then the one section that has it."""
-    name = cls.aliases.get(name, name)
-    if name in cls.model_fields:
+    if cls.aliases.get(name, name) in cls.model_fields:
         return [name]
     owners = []
     sections = cls.sections(values)
@@ -231,6 +253,8 @@ def _locate(values: Mapping[str, Any], cls: type[Config], name: str) -> list[str
     if owners:
         raise RecipeError(f"{name!r} stands in {' and '.join(owners)}: write {owners[0]}.{name}=…")
     known = set(cls.model_fields)
+    aliases = set(cls.aliases)
     for owner in sections.values():
         known |= set(owner.model_fields)
-    raise RecipeError(f"unknown key {name!r}, {nearest(name, known)}")
+        aliases |= set(owner.aliases)
+    raise RecipeError(f"unknown key {name!r}, {nearest(name, known, aliases)}")

@@ -190,9 +190,9 @@ class Base:
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass: non-reentrant, and under the route of the forward pass."""
-        self.model.gradient_checkpointing_enable(
-            {"use_reentrant": False, "context_fn": self.router.checkpoint_contexts}
-        )
+        # transformers renames this in v6, and warns of the old name from 5.20 on.
+        enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False, "context_fn": self.router.checkpoint_contexts})
 
     def hidden(self, batch: Mapping[str, Tensor]) -> Hidden:
         """Hidden states of the current route for `input_ids` [B, S] and `attention_mask` [B, S].
@@ -216,10 +216,12 @@ class Base:
         return Hidden(output.last_hidden_state, output.get("pooler_output"), mask)
 
     def _decoder_hidden(self, inputs: dict[str, Tensor], mask: Tensor) -> Hidden:
+        if bool((mask[:, 0] == 0).any()):
+            raise RouteError(
+                "an encoder-decoder reads the row on both sides, so its start must come first", "pad on the right"
+            )
         ids = inputs["input_ids"]
-        # T5's own configuration class has no decoder_start_token_id; its decoder starts with the pad token.
-        first = getattr(self.config, "decoder_start_token_id", None)
-        start = torch.full_like(ids[:, :1], first if first is not None else self.config.pad_token_id)
+        start = self.first_decoder_ids(ids)
         encoded = self.model.get_submodule("encoder")(input_ids=ids, attention_mask=mask).last_hidden_state
         decoded = self.model.get_submodule("decoder")(
             input_ids=torch.cat([start, ids[:, :-1]], dim=1),
@@ -228,6 +230,12 @@ class Base:
             use_cache=False,
         )
         return Hidden(decoded.last_hidden_state, None, mask)
+
+    def first_decoder_ids(self, like: Tensor) -> Tensor:
+        """What a decoder starts with, [B, 1], for B rows of ids."""
+        # T5's own configuration class has no decoder_start_token_id; its decoder starts with the pad token.
+        first = getattr(self.config, "decoder_start_token_id", None)
+        return torch.full_like(like[:, :1], first if first is not None else self.config.pad_token_id)
 
     def position_ids(self, mask: Tensor) -> Tensor:
         """Positions [B, S] counted over the real tokens of a mask [B, S]; 0 at padding before them."""

@@ -1,6 +1,7 @@
 """The recipe: everything that decides a run or a comparison."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -31,15 +32,27 @@ def _choice_schema(classes: Mapping[str, type[Config]]) -> dict[str, Any]:
     return {"anyOf": forms}
 
 
+def _as_fault(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`read`, so that what is wrong in it is told together with the other faults of the recipe."""
+
+    def call(given: Any) -> Any:
+        try:
+            return read(given)
+        except RecipeError as error:
+            raise ValueError(re.sub(r"^recipe(: |, \w+ )", "", str(error))) from None
+
+    return call
+
+
 AnyMethod = Annotated[
     Method,
-    BeforeValidator(read_method),
+    BeforeValidator(_as_fault(read_method)),
     PlainSerializer(_named),
     WithJsonSchema(_choice_schema(methods())),
 ]
 AnyObjective = Annotated[
     Objective,
-    BeforeValidator(read_objective),
+    BeforeValidator(_as_fault(read_objective)),
     PlainSerializer(_named),
     WithJsonSchema(_choice_schema(objectives())),
 ]
@@ -117,13 +130,22 @@ class Recipe(Config):
         return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True, width=100)
 
 
-def read_recipe(source: str | Path | None, assignments: Sequence[str] = (), text: str | None = None) -> Recipe:
+def read_recipe(
+    source: str | Path | None,
+    assignments: Sequence[str] = (),
+    text: str | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Recipe:
     """A recipe from a YAML file (or `text`) and `key=value` assignments; files it names are relative to where one is.
 
-    Raises `RecipeError` naming every fault.
+    `note` gets a line for each alias. Raises `RecipeError` naming every fault.
     """
     if source is None and text is None:
         raise RecipeError("no recipe given", "see recipes/ for examples")
     name = str(source) if source is not None else "standard input"
     values = parse_yaml(text, name) if text is not None else read_yaml(str(source))
-    return Recipe.parse(override(values, Recipe, assignments), name)
+    recipe, notes = Recipe.parse_with_notes(override(values, Recipe, assignments), name)
+    for line in dict.fromkeys(notes):
+        if note:
+            note(line)
+    return recipe

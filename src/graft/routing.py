@@ -7,7 +7,7 @@ adapter's parts read it there, take the rows that are theirs and leave the other
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,14 @@ Entry = str | tuple[str, ...] | None
 """What one row goes through: an adapter, adapters in order, or None for the plain base."""
 
 P = TypeVar("P")
+
+
+class Named(Protocol):
+    """A place with a name. Its name is read only for an error: compiled code would make a graph for each name."""
+
+    @property
+    def name(self) -> str:
+        """The name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +41,8 @@ class Route:
     entries: tuple[tuple[str, ...], ...] = ()
     groups: tuple[tuple[tuple[str, ...], Tensor], ...] = ()
     inverse: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    stacked: bool = False
+    """Whether a row goes through several adapters."""
 
     @classmethod
     def all(cls, entry: Entry) -> "Route":
@@ -50,7 +60,7 @@ class Route:
             for names in dict.fromkeys(rows)
         )
         inverse = torch.cat([index for _, index in groups]).argsort()
-        return cls(uniform=None, entries=rows, groups=groups, inverse=inverse)
+        return cls(None, rows, groups, inverse, stacked=any(len(row) > 1 for row in rows))
 
     @property
     def size(self) -> int | None:
@@ -76,11 +86,11 @@ class Route:
             return self
         return Route.of([self.entries[row] for row in rows], self.inverse.device)
 
-    def check(self, size: int, where: str) -> None:
+    def check(self, size: int, where: "Named") -> None:
         """Raise `RouteError` when `size` rows arrive at `where` and the route is for another number."""
         if self.uniform is None and size != len(self.entries):
             raise RouteError(
-                f"{where} got {size} rows, the route is for {len(self.entries)}",
+                f"{where.name} got {size} rows, the route is for {len(self.entries)}",
                 "beams, packed rows and flattened experts need a route of their own",
             )
 
@@ -151,7 +161,7 @@ def by_rows(
     plain: Callable[[Tensor | None], Tensor],
     adapted: Callable[[list[P], Tensor | None], Tensor],
     size: int,
-    where: str,
+    where: Named,
 ) -> Tensor:
     """Run each group of rows through its own parts and put the rows back in order.
 
@@ -163,9 +173,9 @@ def by_rows(
     if route.uniform is not None:
         chain = [parts[name] for name in route.uniform if name in parts]
         return adapted(chain, None) if chain else plain(None)
-    route.check(size, where)
     if torch.compiler.is_compiling():
-        return _by_mask(router, route, parts, plain, adapted)
+        return _by_mask(router, route, parts, plain, adapted, size)
+    route.check(size, where)
     chains = [[parts[name] for name in names if name in parts] for names, _ in route.groups]
     if not any(chains):
         return plain(None)
@@ -184,14 +194,17 @@ def _by_mask(
     parts: Mapping[str, P],
     plain: Callable[[Tensor | None], Tensor],
     adapted: Callable[[list[P], Tensor | None], Tensor],
+    size: int,
 ) -> Tensor:
     """The same in a form whose graph does not depend on which row goes where.
 
     Index tensors of changing lengths make a new graph for every pattern of rows; after eight torch stops
     compiling. Here every adapter runs on all rows, in a fixed order, and a mask keeps its own.
     """
-    if router.table is None or any(len(names) > 1 for names in route.stacks):
+    if router.table is None or route.stacked:
         raise RouteError("stacked adapters on some rows of a batch cannot be compiled", "route all rows alike")
+    if size != router.table.shape[1]:
+        raise RouteError("a compiled site got another number of rows than the route is for")
     result = plain(None)
     for position, name in enumerate(router.order):
         if name in parts:

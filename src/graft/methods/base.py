@@ -52,12 +52,12 @@ class Method(Config):
     learning_rate: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     """Peak learning rate; when left out, this method's own default for the size of the base."""
 
-    target_modules: list[str] | None = None
+    target_modules: list[str] | None = Field(default=None, min_length=1)
     """Sites by role (attn.q, mlp.down, attention), by name (layers.3.attn.q), by PEFT's module names
     (q_proj, query), or all-linear.
     """
 
-    layers_to_transform: list[int] | None = None
+    layers_to_transform: list[int] | None = Field(default=None, min_length=1)
     """Only these layers, counted from 0; all when left out."""
 
     def build(self, base: Base, name: str) -> Adapter:

@@ -21,6 +21,15 @@ _HOST = "_graft_host"
 _TOKENS = "_graft_tokens"
 
 
+class Socket:
+    """The parts at one site, by adapter, and the input that entered it."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.parts: dict[str, Part] = {}
+        self.x: Tensor | None = None
+
+
 class Host:
     """The parts of the sites that end in one module, and its hooks.
 
@@ -30,11 +39,11 @@ class Host:
     def __init__(self, base: Base, module: nn.Module, path: str) -> None:
         self.router = base.router
         self.module = module
-        self.path = path
+        self.name = path
         self.shared_by_rows = any(path.endswith(name) for name in base.family.unroutable)
         self.own: dict[str, Part] = {}
-        self.after: dict[str, tuple[Site, dict[str, Part]]] = {}
-        self.inputs: dict[str, Tensor] = {}
+        # A list: keys that name the layer would make compiled code a graph for each layer.
+        self.after: list[Socket] = []
         self.busy = False
         self.handles: list[Any] = [module.register_forward_hook(self._leave, with_kwargs=True)]
 
@@ -43,35 +52,37 @@ class Host:
         if part.does("own"):
             self.own[name] = part
         if part.does("after"):
-            if site.key not in self.after:
-                self.after[site.key] = (site, {})
+            socket = next((socket for socket in self.after if socket.site is site), None)
+            if socket is None:
+                socket = Socket(site)
+                self.after.append(socket)
                 if site.enter is not site.leave:
-                    self._watch(site)
-            self.after[site.key][1][name] = part
+                    self._watch(socket)
+            socket.parts[name] = part
 
     def drop(self, name: str) -> None:
         """Take the parts of adapter `name` away."""
         self.own.pop(name, None)
-        for _, parts in self.after.values():
-            parts.pop(name, None)
+        for socket in self.after:
+            socket.parts.pop(name, None)
 
     @property
     def empty(self) -> bool:
         """Whether no part is left."""
-        return not self.own and not any(parts for _, parts in self.after.values())
+        return not self.own and not any(socket.parts for socket in self.after)
 
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self.handles:
             handle.remove()
 
-    def _watch(self, site: Site) -> None:
+    def _watch(self, socket: Socket) -> None:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             host = module.__dict__.get(_HOST)
             if not (isinstance(host, Host) and host.busy):
-                self.inputs[site.key] = _input(args, kwargs)
+                socket.x = _input(args, kwargs)
 
-        self.handles.append(site.enter.register_forward_pre_hook(enter, with_kwargs=True))
+        self.handles.append(socket.site.enter.register_forward_pre_hook(enter, with_kwargs=True))
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self.busy:  # the call below, with a part's own values
@@ -79,14 +90,15 @@ class Host:
         y = output[0] if isinstance(output, tuple) else output
         if self.own:
             y = self._with_own(y, args, kwargs)
-        for key, (site, parts) in self.after.items():
-            if parts:
-                x = _input(args, kwargs) if site.enter is site.leave else self.inputs.pop(key)
-                y = self._after(site, parts, x, y)
+        for socket in self.after:
+            if socket.parts:
+                x = _input(args, kwargs) if socket.x is None else socket.x
+                socket.x = None
+                y = self._after(socket, x, y)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
-    def _after(self, site: Site, parts: dict[str, Part], x: Tensor, y: Tensor) -> Tensor:
-        columns = site.columns
+    def _after(self, socket: Socket, x: Tensor, y: Tensor) -> Tensor:
+        columns = socket.site.columns
         old = y if columns is None else y[..., columns]
 
         def adapted(chain: list[Part], rows: Tensor | None) -> Tensor:
@@ -95,7 +107,7 @@ class Host:
                 result = part.after(inputs, result).to(old.dtype)
             return result
 
-        new = by_rows(self.router, parts, lambda rows: take(old, rows), adapted, x.shape[0], site.name)
+        new = by_rows(self.router, socket.parts, lambda rows: take(old, rows), adapted, x.shape[0], socket.site)
         if columns is None:
             return new
         return torch.cat([y[..., : columns.start], new, y[..., columns.stop :]], dim=-1)
@@ -106,7 +118,7 @@ class Host:
             return y
         if route.uniform is None and self.shared_by_rows:
             raise RouteError(
-                f"all rows share the output of {self.path}, so rows cannot have values of their own there",
+                f"all rows share the output of {self.name}, so rows cannot have values of their own there",
                 "route all rows of the batch through one adapter",
             )
 
@@ -123,7 +135,7 @@ class Host:
 
         # A table of positions is looked up once for all rows, with a batch dimension of 1.
         size = args[0].shape[0] if args[0].shape[0] != 1 or route.size is None else route.size
-        return by_rows(self.router, self.own, lambda rows: take(y, rows), adapted, size, self.path)
+        return by_rows(self.router, self.own, lambda rows: take(y, rows), adapted, size, self)
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -25,9 +25,9 @@ _SLOT = "_graft_attention"
 class AttentionSlot:
     """The attending parts at one attention module, by adapter."""
 
-    def __init__(self, router: Router, where: str) -> None:
+    def __init__(self, router: Router, name: str) -> None:
         self.router = router
-        self.where = where
+        self.name = name
         self.parts: dict[str, Part] = {}
 
 
@@ -102,7 +102,7 @@ def graft_attention(
             call = _nested(part, call)
         return call(take(query, rows), take(key, rows), take(value, rows), None if mask is None else take(mask, rows))
 
-    return by_rows(slot.router, slot.parts, sdpa, attend, query.shape[0], slot.where), None
+    return by_rows(slot.router, slot.parts, sdpa, attend, query.shape[0], slot), None
 
 
 def _nested(part: Part, inner: Core) -> Core:

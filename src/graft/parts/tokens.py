@@ -24,7 +24,9 @@ class Tokens:
     def __init__(self, base: Base, adapters: dict[str, Adapter]) -> None:
         self.base = base
         self.adapters = adapters
+        self.name = "the body"
         self.cut = 0
+        self.used = any(adapter.positions or adapter.virtual_parts() for adapter in adapters.values())
         self.handles: list[Any] = []
         encoder_decoder = base.family.kind == "encoder-decoder"
         self.body = base.model.get_submodule("encoder") if encoder_decoder else base.body
@@ -59,7 +61,7 @@ class Tokens:
             tokens = sum(part.positions for adapter in adapters for part in adapter.virtual_parts())
             return tokens, sum(adapter.positions for adapter in adapters)
 
-        route.check(size, "the body")
+        route.check(size, self)
         per_row = [of(route.row(index)) for index in range(size)]
         return [tokens for tokens, _ in per_row], [shift for _, shift in per_row]
 
@@ -78,7 +80,9 @@ class Tokens:
         size, length = row_input.shape[:2]
         counts, shifts = self._counts(route, size)
         width = max(counts)
-        if width == 0 and max(shifts) == 0:
+        # Batches mixed by row take the same path whoever is in them, or compiled layers would see other masks.
+        mixed = self.used and route.uniform is None
+        if not mixed and width == 0 and max(shifts) == 0:
             return None
         device = row_input.device
         cache = given.get("past_key_values")

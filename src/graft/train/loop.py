@@ -79,10 +79,9 @@ class Training(Config):
     @model_validator(mode="before")
     @classmethod
     def _read_flags(cls, given: Any) -> Any:
-        """`bf16: true` is how transformers spells the precision."""
+        """`bf16: true` is how transformers spells the precision; read before the alias is renamed."""
         if isinstance(given, dict) and isinstance(given.get("bf16"), bool):
-            given = dict(given)
-            given["precision"] = "bf16" if given.pop("bf16") else "fp32"
+            return given | {"bf16": "bf16" if given["bf16"] else "fp32"}
         return given
 
 
