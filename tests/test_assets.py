@@ -24,6 +24,7 @@ from graft import assets, fetch
 from graft.assets import ASSETS, Asset
 from graft.data.load import DataConfig, load_splits
 from graft.errors import DamagedError, GraftError, ResourceError, UsageError
+from graft.files import sha256_of
 
 SPLITS = {  # train, validation, test, all
     "movie-reviews": (8057, 504, 1511, 10605),
@@ -110,7 +111,7 @@ class Tiny:
         archive.write_bytes(self.archives[SOURCE])
         place.mkdir()
         assets._unpack_data(made, archive, place)
-        return {path.name: assets.digest(path) for path in sorted(place.iterdir())}
+        return {path.name: sha256_of(path) for path in sorted(place.iterdir())}
 
     def offer(self, name: str, content: bytes | None = None) -> Path:
         path = self.cache / "archives" / name

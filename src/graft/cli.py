@@ -1,5 +1,6 @@
 """The command line: each command is one call of a public function. Heavy modules are imported when a command runs."""
 
+import io
 import json
 import os
 import shlex
@@ -116,7 +117,7 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
 ) -> None:
     """Train one method and write a run folder: adapter, figures, learning curve."""
-    read = _recipe(recipe, assignments)
+    read = _recipe(recipe, assignments, quiet)
     if dry_run:
         typer.echo(read.to_yaml(), nl=False)
         return
@@ -270,11 +271,12 @@ def assets_pull(
         typer.echo(f"{name}: {folder}")
 
 
-def _recipe(source: str, assignments: list[str] | None) -> "Recipe":
+def _recipe(source: str, assignments: list[str] | None, quiet: bool = False) -> "Recipe":
     from graft.recipe import read_recipe
 
     text = sys.stdin.read() if source == "-" else None
-    return read_recipe(source if source != "-" else None, assignments or [], text, lambda note: typer.echo(note, err=True))
+    note = None if quiet else lambda line: typer.echo(line, err=True)
+    return read_recipe(source if source != "-" else None, assignments or [], text, note)
 
 
 def _stem(recipe: str) -> str:
@@ -365,12 +367,15 @@ def main() -> None:
     """Run a command; every error of Graft becomes one line and its exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every locale has "●"
     try:
         code = app(standalone_mode=False)
         if code == 130:  # typer's word for an interrupt, in earlier versions Abort
             raise KeyboardInterrupt
     except _ClickUsageError as error:
-        code = _say(f"{error.format_message()}; `graft --help` lists what there is", 2)  # type: ignore[attr-defined]
+        said = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+        code = _say(f"{said}; `graft --help` lists what there is", 2)
     except GraftError as error:
         code = _say(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
@@ -379,6 +384,8 @@ def main() -> None:
         code = _say("out of memory; use smaller batches or shorter rows", 3)
     except BrokenPipeError:
         code = 0
+    except OSError as error:
+        code = _say(f"{error.filename or 'the system'}: {error.strerror or error}", 3)
     except Exception as error:
         if os.environ.get("GRAFT_DEBUG"):
             raise

@@ -1,10 +1,13 @@
 """Many runs, one table: every trial its own process and run folder, on equal terms."""
 
+import hashlib
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,13 +16,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from graft.data.load import load_splits
+from graft.data.load import Splits, load_splits
 from graft.errors import DamagedError, GraftError, RecipeError
 from graft.files import write_json, write_text
 from graft.methods.base import Method
 from graft.model import locate
 from graft.recipe import Recipe
 from graft.report import write_report
+from graft.run import check_probes
 from graft.runfolder import RunFolder, differences
 from graft.stats import interval, verdicts
 
@@ -80,9 +84,21 @@ def trials(recipe: Recipe, folder: Path) -> list[Trial]:
                 one = one.model_copy(
                     update={"methods": Recipe.model_fields["methods"].get_default(call_default_factory=True)}
                 )
-            slug = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in label)
-            found.append(Trial(label, seed, one, folder / "trials" / f"{slug}-seed{seed}"))
+            found.append(Trial(label, seed, one, folder / "trials" / f"{_slug(method)}-seed{seed}"))
     return found
+
+
+def _slug(method: Method | None) -> str:
+    """A folder name that depends on the method alone, unlike its label: its name and settings that are no defaults."""
+    if method is None:
+        return BASE
+    given = method.model_dump(mode="json", exclude_defaults=True)
+    name = " ".join([method.name, *(f"{key}={value}" for key, value in given.items())])
+    plain = name.replace(" ", "-").replace("=", "-")
+    slug = re.sub(r"[^A-Za-z0-9._-]", "-", plain)
+    if slug == plain and len(slug) <= 100:
+        return slug
+    return f"{slug[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def compare(recipe: Recipe, folder: Path, watch: Watch | None = None, command: str = "") -> dict[str, Any]:
@@ -91,10 +107,11 @@ def compare(recipe: Recipe, folder: Path, watch: Watch | None = None, command: s
     A trial that fails costs its row. Raises what is wrong with the recipe, the data or the folder before any
     trial starts.
     """
-    load_splits(recipe.data)
+    splits = load_splits(recipe.data)
+    check_probes(recipe, splits.labels)
     locate(recipe.model)
     planned = trials(recipe, folder)
-    _check_folder(recipe, folder, planned)
+    _check_folder(recipe, folder, planned, splits)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     causes: dict[str, str] = {}
     for number, trial in enumerate(planned):
@@ -116,13 +133,13 @@ def compare(recipe: Recipe, folder: Path, watch: Watch | None = None, command: s
     return comparison
 
 
-def _check_folder(recipe: Recipe, folder: Path, planned: Sequence[Trial]) -> None:
+def _check_folder(recipe: Recipe, folder: Path, planned: Sequence[Trial], splits: Splits) -> None:
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"{folder} is a file, a comparison needs a folder")
     stored = folder / "recipe.yaml"
-    inside = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+    inside = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} if folder.exists() else set()
     foreign = sorted(inside - {"recipe.yaml", "comparison.json", "report.html", "trials"})
-    if foreign and not foreign[0].startswith("."):
+    if foreign:
         raise RecipeError(f"{folder} holds other files ({foreign[0]})", "choose another folder with -o")
     if stored.exists():
         before = RunFolder(folder).recipe() or {}
@@ -138,7 +155,10 @@ def _check_folder(recipe: Recipe, folder: Path, planned: Sequence[Trial]) -> Non
                 "choose another folder with -o",
             )
     for trial in planned:
-        RunFolder(trial.folder).check(trial.recipe.resolved())
+        run = RunFolder(trial.folder)
+        run.check(trial.recipe.resolved())
+        if run.finished():
+            run.check_data(splits.sha256)
 
 
 def _run(trial: Trial, tell: Callable[[str, float], None]) -> str | None:
@@ -146,23 +166,34 @@ def _run(trial: Trial, tell: Callable[[str, float], None]) -> str | None:
 
     An interrupt ends the trial first and then goes on.
     """
-    folder = RunFolder(trial.folder)
     trial.folder.parent.mkdir(parents=True, exist_ok=True)
     tell("starting", 0.0)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "graft", "train", "-", "-o", str(trial.folder), "--quiet"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, PARENT: str(os.getpid())},
-    )
-    assert process.stdin is not None
-    assert process.stderr is not None
+    # Files rather than pipes: a pipe that nobody reads is full after 64 KB, and the trial would wait for ever.
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:
+        given.write(trial.recipe.to_yaml().encode())
+        given.seek(0)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "graft", "train", "-", "-o", str(trial.folder), "--quiet"],
+            stdin=given,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            env={**os.environ, PARENT: str(os.getpid())},
+        )
+        _wait(process, RunFolder(trial.folder), tell)
+        said.seek(0)
+        lines = [line for line in said.read().decode(errors="replace").splitlines() if line.strip()]
+    if process.returncode == 0:
+        return None
+    if process.returncode == 130:
+        raise KeyboardInterrupt
+    if process.returncode < 0:
+        name = signal.Signals(-process.returncode).name
+        return f"ended by {name}" + (", which out of memory looks like" if name == "SIGKILL" else "")
+    return lines[-1].removeprefix("graft: ") if lines else f"exit code {process.returncode}"
+
+
+def _wait(process: subprocess.Popen[bytes], folder: RunFolder, tell: Callable[[str, float], None]) -> None:
     try:
-        with suppress(BrokenPipeError):
-            process.stdin.write(trial.recipe.to_yaml())
-            process.stdin.close()
         while process.poll() is None:
             with suppress(GraftError):
                 status = folder.read("status.json")
@@ -176,15 +207,6 @@ def _run(trial: Trial, tell: Callable[[str, float], None]) -> str | None:
         except subprocess.TimeoutExpired:
             process.kill()
         raise
-    if process.returncode == 0:
-        return None
-    if process.returncode < 0:
-        name = signal.Signals(-process.returncode).name
-        return f"ended by {name}" + (", which out of memory looks like" if name == "SIGKILL" else "")
-    said = [line for line in process.stderr.read().splitlines() if line.strip()]
-    if process.returncode == 130:
-        raise KeyboardInterrupt
-    return said[-1].removeprefix("graft: ") if said else f"exit code {process.returncode}"
 
 
 def assemble(recipe: Recipe, planned: Sequence[Trial], causes: dict[str, str], command: str = "") -> dict[str, Any]:

@@ -20,9 +20,7 @@ _notes: ContextVar[list[str] | None] = ContextVar("graft_config_notes", default=
 class Config(BaseModel):
     """A strict section of a recipe: unknown keys are errors, `aliases` are accepted with a note."""
 
-    model_config = ConfigDict(
-        extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     aliases: ClassVar[dict[str, str]] = {}
     """Spellings of other tools, mapped to the field's own name."""
@@ -153,13 +151,13 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; raises `RecipeError` with the line of a fault."""
     path = Path(path)
-    if path.is_dir():
-        raise RecipeError(f"{path} is a folder, a recipe is a YAML file")
     try:
         text = path.read_text(encoding="utf-8")
+    except IsADirectoryError:
+        raise RecipeError(f"{path} is a folder, a recipe is a YAML file") from None
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe", "see recipes/ for examples") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read as text: {error}") from None
     return parse_yaml(text, str(path))
 

@@ -11,11 +11,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from hashlib import file_digest
 from pathlib import Path
 from shutil import disk_usage
 
 from graft.errors import DamagedError, GraftError, ResourceError
+from graft.files import sha256_of
 
 Report = Callable[[str, float], None]
 """Called with what is being done and the fraction that is done, 0 to 1."""
@@ -36,12 +36,6 @@ class Archive:
     archive: str
     size: int
     sha256: str
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
 
 
 def download(archive: Archive, work: Path, report: Report, offered: Path) -> Path:
@@ -66,7 +60,7 @@ def download(archive: Archive, work: Path, report: Report, offered: Path) -> Pat
             ended = process.poll() is not None
             files = _files(temporary, out)
             found = next((path for path, size in files if size == archive.size), None)
-            if found and digest(found) == archive.sha256:
+            if found and sha256_of(found) == archive.sha256:
                 # For a source archive pip would go on to run its setup.py to learn its metadata.
                 # Nothing more is needed of pip: leaving the block ends it.
                 break

@@ -2,8 +2,8 @@
 
 A `Site` is a place where a part can sit, named by role, the same for every architecture: the linears
 `attn.q attn.k attn.v attn.o mlp.gate mlp.up mlp.down`, the blocks `attn mlp`, the softmax core
-`attention`, `embed`, `norm.attn norm.mlp norm.final` and `head`, with `enc.`, `dec.` and `cross.` in
-encoder-decoders.
+`attention`, `embed`, `norm.attn norm.mlp norm.final`, `pooler` and `head`, with `enc.`, `dec.` and `cross.`
+in encoder-decoders.
 """
 
 import hashlib
@@ -311,6 +311,8 @@ def _find_sites(model: PreTrainedModel, family: Family) -> Iterator[Site]:
                 yield site
     if family.final_norm:
         yield _site("norm.final", "norm.final", None, model, f"{prefix}{family.final_norm}", hidden=hidden)
+    if _exists(model, f"{prefix}pooler.dense"):
+        yield _site("pooler", "pooler", None, model, f"{prefix}pooler.dense", hidden=hidden)
     if family.lm_head:
         yield _site("head", "head", None, model, family.lm_head, hidden=hidden)
 

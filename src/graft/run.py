@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from graft.data.load import Row, Splits, load_splits, read_all, read_rows, subset
-from graft.errors import DamagedError, DataError, RecipeError
+from graft.errors import DamagedError, DataError, RecipeError, UsageError
 from graft.evaluate import nearest_centroid, retrieval_probe
 from graft.files import folder_bytes, write_json
 from graft.measure import PeakMemory, environment, median_ms
@@ -64,12 +64,15 @@ def execute(
     """Run a recipe in a folder and return the content of its report.json.
 
     A folder that holds this very run, finished, is left as it is. With `method: null` the untouched base is measured.
-    Raises the errors of its parts; the folder's status.json then has the cause.
+    Raises the errors of its parts; the folder's status.json then has the cause, or there is no folder when the input
+    was bad.
     """
     folder = RunFolder(path)
-    splits = load_splits(recipe.data)  # before the folder is touched: bad data leaves nothing behind
+    splits = load_splits(recipe.data)
+    check_probes(recipe, splits.labels)
     with folder.open(recipe.resolved(), recipe.to_yaml()) as fresh:
         if not fresh:
+            folder.check_data(splits.sha256)
             return folder.read("report.json")
 
         def tell(phase: str, fraction: float) -> None:
@@ -86,7 +89,11 @@ def execute(
             write_json(path / "report.json", report)
             folder.status("done", fraction=1.0)
         except BaseException as error:
-            folder.fail(error)
+            started = (path / "metrics.jsonl").exists()
+            if isinstance(error, UsageError | DamagedError) and not started:
+                folder.discard()  # bad input leaves nothing behind: corrected, it can go to the same folder
+            else:
+                folder.fail(error)
             raise
     return report
 
@@ -231,6 +238,14 @@ def _figures(run: _Run, base: Base) -> dict[str, Any]:
             examples = _examples(run, base, transfer_rows(recipe, run.splits.labels, name))
             transfer[name] = recipe.objective.evaluate(base, examples, ADAPTER, batch).quality
     return _quality(run, tested.correct) | {"probes": probes, "transfer": transfer}
+
+
+def check_probes(recipe: Recipe, labels: tuple[str, ...]) -> None:
+    """Read what is measured after training, so that a fault in it is found before."""
+    for name in recipe.forgetting:
+        read_all(name)
+    for name in recipe.transfer:
+        transfer_rows(recipe, labels, name)
 
 
 def transfer_rows(recipe: Recipe, labels: tuple[str, ...], name: str) -> list[Row]:

@@ -13,12 +13,12 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from graft.config import read_yaml
-from graft.errors import DamagedError, GraftError, RecipeError, ResourceError
+from graft.errors import DamagedError, DataError, GraftError, RecipeError, ResourceError
 from graft.files import write_json, write_text
 
 FILES = {
@@ -53,15 +53,26 @@ class RunFolder:
             if self.finished(recipe):
                 yield False
                 return
-            for name in FILES - {".lock"}:
-                old = self.path / name
+            self._clear()
+            write_text(self.path / "recipe.yaml", yaml)
+            self.status("running", phase="starting", fraction=0.0)
+            yield True
+
+    def _clear(self) -> None:
+        for name in FILES - {".lock"}:
+            # Beside a file stands what was left of it when its writer was killed: see graft.files.
+            for old in [self.path / name, *self.path.glob(f".{name}.*")]:
                 if old.is_dir():
                     shutil.rmtree(old)
                 else:
                     old.unlink(missing_ok=True)
-            write_text(self.path / "recipe.yaml", yaml)
-            self.status("running", phase="starting", fraction=0.0)
-            yield True
+
+    def discard(self) -> None:
+        """Remove what `open` has written, and the folder when nothing else is in it."""
+        self._clear()
+        (self.path / ".lock").unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.rmdir()
 
     def _lock(self, lock: TextIO) -> None:
         try:
@@ -85,6 +96,13 @@ class RunFolder:
         if stored is not None and stored != recipe:
             changed = ", ".join(differences(stored, recipe)[:3])
             raise RecipeError(f"{self.path} holds another run ({changed})", "choose another folder with -o")
+
+    def check_data(self, sha256: Mapping[str, str]) -> None:
+        """Raise `DataError` when the finished run was made from data files of other content."""
+        before = self.read("env.json").get("data", {}).get("sha256", {})
+        changed = [name for name, digest in sha256.items() if before.get(name) != digest]
+        if changed:
+            raise DataError(f"{changed[0]} has changed since {self.path}", "choose another folder with -o")
 
     def recipe(self) -> dict[str, Any] | None:
         """The recipe of the run in the folder."""

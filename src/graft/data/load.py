@@ -11,9 +11,9 @@ from graft import assets
 from graft.config import Config
 from graft.data.files import read_records
 from graft.data.rows import FIELDS, Row, make_rows
-from graft.data.splits import group_near_equal, hash_of, normal_form, split_by_group
 from graft.errors import DamagedError, DataError, nearest
-from graft.fetch import digest
+from graft.files import sha256_of
+from graft.splits import group_near_equal, hash_of, normal_form, split_by_group
 
 __all__ = ["DataConfig", "Row", "Splits", "load_splits", "read_all", "read_rows", "subset"]
 
@@ -150,11 +150,11 @@ def _part(source: str, name: str, config: DataConfig, sha256: dict[str, str]) ->
     """The rows of a file, or a starter's rows of the split called `name`."""
     if not _is_starter(source):
         rows = read_rows(source, config.columns, need_label=True)
-        sha256[source] = digest(Path(source).expanduser())
+        sha256[source] = sha256_of(Path(source).expanduser())
         return rows
     file = f"{name}.jsonl"
     path = assets.folder(source) / file
-    sha256[f"{source}/{file}"] = digest(path)
+    sha256[f"{source}/{file}"] = sha256_of(path)
     if sha256[f"{source}/{file}"] != assets.ASSETS[source].files[file]:
         raise DamagedError(f"{path} was altered", f"delete {path.parent} to have it fetched again")
     return _starter_rows(source, name)

@@ -153,6 +153,13 @@ def copy_tensors(adapter: Adapter, tensors: Mapping[str, Tensor], source: str, p
             tensor.copy_(tensors[name])
 
 
+def method_of(adapter: Adapter) -> Method:
+    """The method that built an adapter."""
+    if not isinstance(adapter.method, Method):
+        raise UsageError(f"adapter {adapter.name!r} was not built by a method")
+    return adapter.method
+
+
 def task_path(adapter: Adapter, base: Base, path: str) -> str:
     """A module's path as peft writes it: below the task model when the adapter has a head."""
     prefix = f"{base.family.task_prefix}." if adapter.head is not None and base.family.task_prefix else ""
@@ -189,14 +196,14 @@ _PEFT_COMMON = {
 
 
 def check_peft_config(
-    config: Mapping[str, Any], known: set[str], source: str, neutral: Mapping[str, Any] | None = None
+    config: Mapping[str, Any], known: set[str], source: str, neutral: Mapping[str, Sequence[Any]] | None = None
 ) -> None:
     """Refuse settings of a peft configuration that would change the result and are not read here.
 
-    Keys of other versions are harmless while they are unset (null, false, empty) or have their `neutral` value.
+    Keys of other versions are harmless while they are unset (null, false, empty) or have a `neutral` value.
     """
     for key, value in config.items():
-        if key in known | _PEFT_COMMON or not value or (neutral or {}).get(key) == value:
+        if key in known | _PEFT_COMMON or not value or value in (neutral or {}).get(key, ()):
             continue
         raise DamagedError(
             f"{source}: {key} = {value!r} is not supported", "read it with peft, merge it and use the result"

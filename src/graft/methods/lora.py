@@ -120,16 +120,21 @@ class Lora(Method):
         """The method of a folder that peft wrote. Its sites are those that the tensors name: target_modules
         can be a regular expression.
         """
-        read = {"r", "lora_alpha", "lora_dropout"}
+        defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0}  # peft's own
         harmless = {
             "target_modules",
             "fan_in_fan_out",
             "layers_to_transform",
             "layers_pattern",
-            "init_lora_weights",
             "exclude_modules",
+            "megatron_core",
+            "qalora_group_size",
         }
-        check_peft_config(config, read | harmless, source, neutral={"bias": "none"})
+        # Other ways to start (pissa, olora, corda, loftq, lora_ga) change the base's weights too.
+        starts = (True, "gaussian", "eva", "orthogonal", "mica")
+        check_peft_config(
+            config, defaults.keys() | harmless, source, neutral={"bias": ("none",), "init_lora_weights": starts}
+        )
         paths = {
             base_path(base, name).removesuffix(".weight").removesuffix(".lora_A")
             for name in tensors
@@ -144,7 +149,13 @@ class Lora(Method):
                 f"{source}: {len(unknown)} of {len(paths)} adapted modules are not in {base.name} (first {unknown[0]})",
                 "the adapter was made for another base",
             )
-        settings = {key: config[key] for key in read if key in config}
+        absent = _without_tensors(config, base, paths)
+        if absent:
+            raise DamagedError(
+                f"{source}: {len(absent)} modules of target_modules have no tensors (first {absent[0]})",
+                "the weights are incomplete: save the adapter again",
+            )
+        settings = {key: config.get(key, default) for key, default in defaults.items()}
         return cls.parse(settings | {"target_modules": sorted(paths)}, source)
 
     def load(self, adapter: Adapter, base: Base, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -155,3 +166,21 @@ class Lora(Method):
             path, _, matrix = base_path(base, name).removesuffix(".weight").rpartition(".")
             renamed[f"{sites[path]}.{matrix}" if path in sites else name] = tensor
         copy_tensors(adapter, renamed, source)
+
+
+def _without_tensors(config: Mapping[str, Any], base: Base, paths: set[str]) -> list[str]:
+    """Modules in the layers that a list of `target_modules` names and that are not among the adapted `paths`.
+
+    A regular expression, which could run without end, and exclusions are not looked into.
+    """
+    names, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if not isinstance(names, list) or config.get("exclude_modules") or config.get("layers_pattern"):
+        return []
+    layers = [layers] if isinstance(layers, int) else layers or None
+    ends = tuple(f".{base_path(base, str(name))}" for name in names)
+    return [
+        site.path
+        for site in base.sites
+        if site.linear and site.columns is None and site.layer is not None and site.path not in paths
+        if f".{site.path}".endswith(ends) and (layers is None or site.layer in layers)
+    ]

@@ -142,7 +142,19 @@ class Prefix(Method):
             "num_layers",
             "num_transformer_submodules",
         }
-        check_peft_config(config, known | {"encoder_hidden_size", "prefix_projection"}, source)
+        check_peft_config(config, known | {"encoder_hidden_size", "prefix_projection", "init_weights"}, source)
+        sites = base.select("attention")
+        sizes = {
+            "num_layers": len(sites),
+            "num_attention_heads": sites[0].kv_heads,
+            "token_dim": sites[0].kv_heads * sites[0].head_dim,
+        }
+        for key, size in sizes.items():
+            if config.get(key, size) != size:
+                raise DamagedError(
+                    f"{source}: {key} is {config[key]}, for {base.name} it is {size}",
+                    "the adapter was made for another base",
+                )
         return cls.parse({"num_virtual_tokens": config.get("num_virtual_tokens")}, source)
 
     def load(self, adapter: Adapter, base: Base, tensors: Mapping[str, Tensor], source: str) -> None:

@@ -10,7 +10,7 @@ A folder without graft.json was written by peft; it is read all the same.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -18,15 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graft import __version__
-from graft.errors import DamagedError, GraftError
+from graft.errors import DamagedError, GraftError, RecipeError
 from graft.files import whole_folder, write_json, write_text
-from graft.methods.base import Method, methods, read_method
+from graft.methods.base import Method, method_of, methods, read_method
 from graft.model import Base
 from graft.parts.attach import adapter_of, attach, detach
 from graft.parts.base import Adapter
-from graft.parts.head import TaskHead, adapter_head, default_pooling, scores
+from graft.parts.head import Pooling, TaskHead, adapter_head, default_pooling, scores
 
-_KIND_TASK = {"encoder": "SEQ_CLS", "decoder": "SEQ_CLS", "encoder-decoder": "SEQ_CLS"}
+_TASKS = {"encoder": "FEATURE_EXTRACTION", "decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
+"""peft's task_type of an adapter without a head. Without one peft loads a prefix or virtual tokens and ignores them."""
 _PROBE_TOLERANCE = 0.02
 """Largest difference of a probe's outputs, relative to their size (at least 1): fp32 and bf16 kernels of different
 machines stay far below, another base or a lost tensor far above."""
@@ -34,13 +35,13 @@ machines stay far below, another base or a lost tensor far above."""
 
 def save(adapter: Adapter, base: Base, folder: Path, card: str = "") -> None:
     """Write an attached adapter to `folder`, whole or not at all, and check what was written."""
-    method: Method = adapter.method
+    method = method_of(adapter)
     config, tensors = method.to_folder(adapter, base)
     head = adapter_head(adapter)
     if head is not None:
         tensors |= _head_tensors(head, method.head_prefix)
     config |= {
-        "task_type": _KIND_TASK[base.family.kind] if head is not None else None,
+        "task_type": "SEQ_CLS" if head is not None else _TASKS[base.family.kind],
         "base_model_name_or_path": _public_name(base.name),
         "inference_mode": True,
         "modules_to_save": sorted({name.split(".")[0] for name in head.names.values()}) if head else None,
@@ -71,10 +72,10 @@ def load(base: Base, folder: Path | str, name: str | None = None) -> Adapter:
     folder = Path(folder)
     source = str(folder)
     config = _read_json(folder / "adapter_config.json")
-    about = _read_json(folder / "graft.json") if (folder / "graft.json").exists() else {}
+    about = _read_about(folder / "graft.json")
     tensors = _read_tensors(folder)
-    made_for = about.get("base", {})
-    if made_for and made_for.get("fingerprint") != base.fingerprint:
+    made_for = about.get("base")
+    if made_for is not None and made_for.get("fingerprint") != base.fingerprint:
         raise DamagedError(
             f"{source}: made for {made_for.get('name')}, whose weights differ from those of {base.name}",
             "load the base that it was trained on",
@@ -107,10 +108,13 @@ def _method(
             raise DamagedError(error.message, "it was written by another version of Graft") from None
     kinds = {method.peft_type: method for method in methods().values()}
     kind = config.get("peft_type")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         known = sorted(name for name in kinds if not name.startswith("GRAFT_"))
         raise DamagedError(f"{source}: peft_type {kind!r} cannot be read", f"known: {', '.join(known)}")
-    return kinds[kind].from_peft(config, tensors, base, source)
+    try:
+        return kinds[kind].from_peft(config, tensors, base, source)
+    except RecipeError as error:
+        raise DamagedError(error.message, "adapter_config.json was altered: save the adapter again") from None
 
 
 def _head_tensors(head: TaskHead, prefix: str) -> dict[str, Tensor]:
@@ -194,6 +198,23 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DamagedError(f"{path}: expected an object, got {type(value).__name__}")
     return value
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    """graft.json, with the entries that are read here; empty in a folder that peft wrote."""
+    if not path.exists():
+        return {}
+    about = _read_json(path)
+    kinds = {"method": dict, "base": dict, "probe": list}
+    wrong = [key for key, kind in kinds.items() if not isinstance(about.get(key), kind)]
+    head = about.get("head")
+    if head is not None and not (
+        isinstance(head, dict) and isinstance(head.get("labels"), list) and head.get("pooling") in get_args(Pooling)
+    ):
+        wrong.append("head")
+    if wrong:
+        raise DamagedError(f"{path}: {', '.join(wrong)} is missing or not as written", "the file was altered")
+    return about
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

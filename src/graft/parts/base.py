@@ -2,16 +2,13 @@
 
 import re
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from graft.errors import NotMergeable, UsageError
 from graft.model import Site
-
-if TYPE_CHECKING:
-    from graft.methods.base import Method
+from graft.routing import Named
 
 Core = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Attention as (q, k, v, mask) -> out: q [B, heads, S, d], k and v [B, kv_heads, T, d], mask bool or additive
@@ -67,7 +64,7 @@ class Adapter(nn.Module):
     def __init__(
         self,
         name: str,
-        method: "Method",
+        method: Named,
         placed: list[tuple[Site, Part]],
         shared: nn.Module | None = None,
         exclusive: bool = False,
