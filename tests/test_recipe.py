@@ -217,8 +217,28 @@ def test_every_alias_names_a_setting_and_hides_none():
 @pytest.mark.parametrize(
     "known",
     [
-        "lr num_epochs epochs micro_batch_size batch_size max_seq_length cutoff_len sequence_len".split(),
-        "rank lora_rank lora_r alpha dropout lora_target sites val_set_size val_split base_model".split(),
+        [
+            "lr",
+            "num_epochs",
+            "epochs",
+            "micro_batch_size",
+            "batch_size",
+            "max_seq_length",
+            "cutoff_len",
+            "sequence_len",
+        ],
+        [
+            "rank",
+            "lora_rank",
+            "lora_r",
+            "alpha",
+            "dropout",
+            "lora_target",
+            "sites",
+            "val_set_size",
+            "val_split",
+            "base_model",
+        ],
     ],
 )
 def test_spellings_that_users_know(known):

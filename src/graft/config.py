@@ -4,10 +4,12 @@ A setting is described once, in the docstring under its field; `--help`, the JSO
 documentation are made from it.
 """
 
-from collections.abc import Mapping, Sequence
+import importlib
+import pkgutil
+from collections.abc import Collection, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_args
+from typing import Any, ClassVar, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
@@ -82,6 +84,9 @@ class Config(BaseModel):
             raise RecipeError(f"{source}: " + "; ".join(dict.fromkeys(faults))) from None
         finally:
             _notes.reset(token)
+
+
+C = TypeVar("C", bound=Config)
 
 
 def _fault(cls: type[BaseModel], fault: dict[str, Any]) -> str:
@@ -256,3 +261,29 @@ def _locate(values: Mapping[str, Any], cls: type[Config], name: str) -> list[str
         known |= set(owner.model_fields)
         aliases |= set(owner.aliases)
     raise RecipeError(f"unknown key {name!r}, {nearest(name, known, aliases)}")
+
+
+def classes_in(package: str, parent: type[C], without: Collection[str]) -> dict[str, type[C]]:
+    """The subclasses of `parent` in the files of a package, by their `name`, but for some files."""
+    found: dict[str, type[C]] = {}
+    folder = importlib.import_module(package).__path__
+    for module in sorted(info.name for info in pkgutil.iter_modules(folder) if info.name not in without):
+        for item in vars(importlib.import_module(f"{package}.{module}")).values():
+            if isinstance(item, type) and issubclass(item, parent) and item is not parent:
+                found[item.name] = item  # type: ignore[attr-defined]
+    return found
+
+
+def read_choice(given: Any, parent: type[C], known: Mapping[str, type[C]], source: str) -> C:
+    """One of several classes, from its name or from a mapping with `name` and settings."""
+    if isinstance(given, parent):
+        return given
+    what = parent.__name__.lower()
+    given = {"name": given} if isinstance(given, str) else given
+    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
+        raise RecipeError(f"{source}: {what}: give a name, or `name:` and settings, not {given!r}")
+    name = given["name"]
+    if name not in known:
+        raise RecipeError(f"{source}: no {what} {name!r}, {nearest(name, known)}")
+    settings = {key: value for key, value in given.items() if key != "name"}
+    return known[name].parse(settings, f"{source}, {what} {name}")

@@ -271,7 +271,7 @@ def _curve(fitted: Fit) -> list[dict[str, Any]]:
     """About a hundred points of the learning curve, each with the mean loss since the one before; all
     evaluations are kept.
     """
-    width = max(1, math.ceil(len(fitted.points) / 100))
+    width = math.ceil(len(fitted.points) / 25)
     curve: list[dict[str, Any]] = []
     losses: list[float] = []
     for point in fitted.points:

@@ -1,20 +1,18 @@
 """What a method is: a configuration that builds an adapter. One subclass, in a file of its own, per method."""
 
-import importlib
-import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from graft.config import Config
-from graft.errors import DamagedError, RecipeError, UsageError, nearest
-from graft.model import Base, Site
+from graft.config import Config, classes_in, read_choice
+from graft.errors import DamagedError, UsageError
+from graft.model import Base
 from graft.parts.base import Adapter, Part
+from graft.sites import Site
 
 
 @dataclass(frozen=True)
@@ -210,36 +208,11 @@ def check_peft_config(
         )
 
 
-_MACHINERY = {"base", "store", "table"}
-
-
 def methods() -> dict[str, type[Method]]:
     """Every method, by name: the classes in the files of this folder."""
-    found: dict[str, type[Method]] = {}
-    for module in sorted(info.name for info in pkgutil.iter_modules([str(Path(__file__).parent)])):
-        if module in _MACHINERY:
-            continue
-        for item in vars(importlib.import_module(f"graft.methods.{module}")).values():
-            if isinstance(item, type) and issubclass(item, Method) and item is not Method:
-                found[item.name] = item
-    return found
+    return classes_in("graft.methods", Method, {"base", "store", "table"})
 
 
 def read_method(given: Any, source: str = "recipe") -> Method:
     """A method from its name or from a mapping with `name` and settings."""
-    return read_method_with_notes(given, source)[0]
-
-
-def read_method_with_notes(given: Any, source: str = "recipe") -> tuple[Method, list[str]]:
-    """`read_method`, with a note for each alias that was accepted."""
-    if isinstance(given, Method):
-        return given, []
-    if isinstance(given, str):
-        given = {"name": given}
-    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
-        raise RecipeError(f"{source}: a method is a name, or `name:` and settings, got {given!r}")
-    known = methods()
-    if given["name"] not in known:
-        raise RecipeError(f"{source}: no method {given['name']!r}, {nearest(given['name'], known)}")
-    settings = {key: value for key, value in given.items() if key != "name"}
-    return known[given["name"]].parse_with_notes(settings, f"{source}, method {given['name']}")
+    return read_choice(given, Method, methods(), source)

@@ -8,8 +8,9 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from graft.methods.base import Bypass, Method
-from graft.model import Base, Site
+from graft.model import Base
 from graft.parts.base import Part, at_dtype_of
+from graft.sites import Site
 
 
 class BottleneckPart(Part):

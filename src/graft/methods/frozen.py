@@ -7,9 +7,10 @@ from pydantic import Field, field_validator
 
 from graft.errors import UsageError
 from graft.methods.base import Bypass, Method
-from graft.model import Base, layer_count
+from graft.model import Base
 from graft.parts.base import Adapter
 from graft.parts.own import own_parts
+from graft.sites import layer_count
 
 
 class Frozen(Method):

@@ -19,8 +19,9 @@ from graft.methods.base import (
     peft_targets,
     task_path,
 )
-from graft.model import Base, Site
+from graft.model import Base
 from graft.parts.base import Adapter, Part, at_dtype_of
+from graft.sites import Site
 
 
 class LoraPart(Part):
@@ -53,7 +54,7 @@ class Lora(Method):
     unified: ClassVar[Bypass] = Bypass("x Wd Wu", "site input (parallel)", "chosen linears", "h + s·Δh")
     peft_type: ClassVar[str] = "LORA"
     mergeable: ClassVar[bool] = True
-    rate_small: ClassVar[float] = 1e-3
+    rate_small: ClassVar[float] = 2e-3
     rate_large: ClassVar[float] = 2e-4
 
     aliases: ClassVar[dict[str, str]] = Method.aliases | {

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from graft.errors import DamagedError, UsageError
 from graft.methods.base import Bypass, Method, check_peft_config
-from graft.model import Base, Site
+from graft.model import Base
 from graft.parts.attention import widen_mask
 from graft.parts.base import Adapter, Core, Part
+from graft.sites import Site
 
 
 class PrefixEncoder(nn.Module):
@@ -68,7 +69,7 @@ class Prefix(Method):
     unified: ClassVar[Bypass] = Bypass("softmax(x Wq Pk^T) Pv", "layer input (parallel)", "attention", "(1-λ)h + λΔh")
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     head_prefix: ClassVar[str] = "base_model."
-    rate_small: ClassVar[float] = 1e-2
+    rate_small: ClassVar[float] = 3e-2
     rate_large: ClassVar[float] = 3e-3
 
     num_virtual_tokens: int = Field(default=20, ge=1)

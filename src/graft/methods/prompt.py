@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from graft.errors import UsageError
 from graft.methods.base import Bypass, Method, check_peft_config, copy_tensors
-from graft.model import Base, Site
+from graft.model import Base
 from graft.parts.base import Adapter, Part
+from graft.sites import Site
 
 
 class PromptPart(Part):

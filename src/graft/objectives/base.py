@@ -1,17 +1,13 @@
 """What an objective is: rows into examples, examples into a loss, examples into a quality."""
 
-import importlib
-import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from graft.config import Config
+from graft.config import Config, classes_in, read_choice
 from graft.data.load import Row
-from graft.errors import RecipeError, nearest
 from graft.model import Base
 from graft.parts.base import Adapter
 from graft.routing import Entry, Route
@@ -89,25 +85,9 @@ class Objective(Config):
 
 def objectives() -> dict[str, type[Objective]]:
     """Every objective, by name: the classes in the files of this folder."""
-    found: dict[str, type[Objective]] = {}
-    for module in sorted(info.name for info in pkgutil.iter_modules([str(Path(__file__).parent)])):
-        if module == "base":
-            continue
-        for item in vars(importlib.import_module(f"graft.objectives.{module}")).values():
-            if isinstance(item, type) and issubclass(item, Objective) and item is not Objective:
-                found[item.name] = item
-    return found
+    return classes_in("graft.objectives", Objective, {"base"})
 
 
 def read_objective(given: Any, source: str = "recipe") -> Objective:
     """An objective from its name or from a mapping with `name` and settings."""
-    if isinstance(given, Objective):
-        return given
-    given = {"name": given} if isinstance(given, str) else given
-    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
-        raise RecipeError(f"{source}: an objective is a name, or `name:` and settings, got {given!r}")
-    known = objectives()
-    if given["name"] not in known:
-        raise RecipeError(f"{source}: no objective {given['name']!r}, {nearest(given['name'], known)}")
-    settings = {key: value for key, value in given.items() if key != "name"}
-    return known[given["name"]].parse(settings, f"{source}, objective {given['name']}")
+    return read_choice(given, Objective, objectives(), source)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from graft.errors import DamagedError, RouteError, UsageError, nearest
-from graft.model import Base, Hidden, Site
+from graft.model import Base, Hidden
 from graft.parts.attention import close_slots, open_slot, slot_at
 from graft.parts.base import Adapter, Part
 from graft.parts.tokens import Tokens
 from graft.routing import Entry, Route, by_rows, take
+from graft.sites import Site
 
 _HOST = "_graft_host"
 _TOKENS = "_graft_tokens"

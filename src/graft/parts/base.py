@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from graft.errors import NotMergeable, UsageError
-from graft.model import Site
 from graft.routing import Named
+from graft.sites import Site
 
 Core = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Attention as (q, k, v, mask) -> out: q [B, heads, S, d], k and v [B, kv_heads, T, d], mask bool or additive

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from graft.errors import UsageError
-from graft.model import Base, Site
+from graft.model import Base
 from graft.parts.base import Part
+from graft.sites import Site
 
 
 class OwnPart(Part):

@@ -1,0 +1,150 @@
+"""Sites: the places of a base where a part can sit.
+
+A site is named by role, the same for every architecture: the linears
+`attn.q attn.k attn.v attn.o mlp.gate mlp.up mlp.down`, the blocks `attn mlp`, the softmax core
+`attention`, `embed`, `norm.attn norm.mlp norm.final` and `head`, with `enc.`, `dec.` and `cross.` in
+encoder-decoders.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from graft.families import Family
+
+LINEAR = (nn.Linear, Conv1D)
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place in the base: the module where x [B, S, d_in] enters, the module where y [B, S, d_out] leaves, and a
+    slice of y's columns when a projection is fused.
+
+    `path` is the dotted path of `leave`; `heads`, `kv_heads` and `head_dim` are set at attention sites.
+    """
+
+    name: str
+    role: str
+    layer: int | None
+    path: str
+    enter: nn.Module
+    leave: nn.Module
+    d_in: int
+    d_out: int
+    columns: slice | None = None
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+
+    @property
+    def linear(self) -> bool:
+        """Whether this is one matrix (or a column block of one)."""
+        return isinstance(self.leave, LINEAR)
+
+    @property
+    def key(self) -> str:
+        """The name without dots, unique among the sites of one module."""
+        return self.name.replace(".", "_")
+
+    def dense_weight(self) -> Tensor:
+        """The host's weight [d_out, d_in]."""
+        weight: Tensor = self.leave.get_parameter("weight")
+        weight = weight.T if isinstance(self.leave, Conv1D) else weight
+        return weight if self.columns is None else weight[self.columns]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The host's bias [d_out], if it has one."""
+        bias = dict(self.leave.named_parameters(recurse=False)).get("bias")
+        return bias if bias is None or self.columns is None else bias[self.columns]
+
+    def host_update(self, weight: Tensor) -> dict[str, Tensor]:
+        """Full new tensors of the host, by path, for a new value [d_out, d_in] of this site's weight."""
+        host: Tensor = self.leave.get_parameter("weight").detach().clone()
+        view = host.T if isinstance(self.leave, Conv1D) else host
+        view[self.columns if self.columns is not None else slice(None)] = weight.to(host.dtype)
+        return {f"{self.path}.weight": host}
+
+
+def bare(role: str) -> str:
+    """`attn.q` for `enc.attn.q` and `dec.attn.q`; cross attention keeps its name."""
+    return role.removeprefix("enc.").removeprefix("dec.")
+
+
+def find_sites(model: PreTrainedModel, family: Family) -> Iterator[Site]:
+    """Every site of a model, from the input to the output."""
+    body = model.get_submodule(family.body)
+    hidden = int(model.config.hidden_size)
+    prefix = f"{family.body}." if family.body else ""
+    yield _site("embed", "embed", None, model, f"{prefix}{family.embed}", hidden=hidden)
+    for stack in family.stacks:
+        for index in range(layer_count(body, stack.layers)):
+            layer = f"{prefix}{stack.layers}.{index}"
+            for role, spot in stack.spots.items():
+                if not _exists(model, f"{layer}.{spot.out}"):
+                    continue
+                site = _site(
+                    f"{stack.prefix}layers.{index}.{role}",
+                    f"{stack.prefix}{role}",
+                    index,
+                    model,
+                    f"{layer}.{spot.out}",
+                    enter=f"{layer}.{spot.enter}",
+                    hidden=hidden,
+                    share=(spot.part, spot.parts),
+                )
+                yield site
+    if family.final_norm:
+        yield _site("norm.final", "norm.final", None, model, f"{prefix}{family.final_norm}", hidden=hidden)
+    if _exists(model, f"{prefix}pooler.dense"):
+        yield _site("pooler", "pooler", None, model, f"{prefix}pooler.dense", hidden=hidden)
+    if family.lm_head:
+        yield _site("head", "head", None, model, family.lm_head, hidden=hidden)
+
+
+def layer_count(body: nn.Module, path: str) -> int:
+    """The number of layers in a stack."""
+    return sum(1 for _ in body.get_submodule(path).children())
+
+
+def _exists(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _site(
+    name: str,
+    role: str,
+    layer: int | None,
+    model: PreTrainedModel,
+    path: str,
+    *,
+    hidden: int,
+    enter: str | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> Site:
+    leave = model.get_submodule(path)
+    sizes: dict[str, int] = {"d_in": hidden, "d_out": hidden}
+    columns = None
+    if isinstance(leave, LINEAR):
+        weight = leave.weight
+        d_out, d_in = weight.shape if isinstance(leave, nn.Linear) else (weight.shape[1], weight.shape[0])
+        part, parts = share
+        width = d_out // parts
+        columns = slice(part * width, (part + 1) * width) if parts > 1 else None
+        sizes = {"d_in": d_in, "d_out": width}
+    elif role.endswith("attention"):
+        config = model.config
+        heads = int(config.num_attention_heads)
+        sizes |= {
+            "heads": heads,
+            "kv_heads": int(getattr(config, "num_key_value_heads", None) or heads),
+            "head_dim": int(getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or hidden // heads),
+        }
+    return Site(name, role, layer, path, model.get_submodule(enter or path), leave, columns=columns, **sizes)
