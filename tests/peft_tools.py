@@ -333,5 +333,5 @@ def compare(both: Pair, padded: str | None, alone: bool = False) -> dict[str, fl
     if not head:
         with torch.no_grad():
             plain = our_values(both.base, None, batch)
-        assert max(float((plain[name] - mine[name]).abs().max()) for name in plain) > 1e-2
+        assert max(float((plain[name] - mine[name].detach()).abs().max()) for name in plain) > 1e-2
     return found

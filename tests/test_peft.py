@@ -245,9 +245,9 @@ def test_the_pooler_reads_what_is_asked_for():
     """`pool: virtual` is peft's; the default reads the row's own first token, whose state is the same."""
     both = pair("bert", *prompt(3))
     batch = given("bert", padded="right")
-    theirs, _ = peft_values(both.model, "bert", batch)
     base, adapter = ours("bert", {"name": "prompt", "num_virtual_tokens": 3})
     with torch.no_grad():
+        theirs, _ = peft_values(both.model, "bert", batch)
         adapter.placed[0][1].embedding.copy_(both.adapter.placed[0][1].embedding)
         mine = our_values(base, "mine", batch)
         own = base.body.pooler(mine["states"][[0, 8, 14]].unsqueeze(1))  # rows of 8, 6 and 4 tokens
@@ -344,7 +344,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("case", [case for case in LORA if case != "llama head"])
+@pytest.mark.parametrize("case", LORA)
 def test_peft_adapts_the_same_modules(case, tmp_path):
     kind, settings, _, modules = LORA[case]
     base, adapter = ours(kind, {"name": "lora"} | settings)
@@ -636,7 +636,7 @@ THEIRS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "no type": (setting("peft_type", None), ["peft_type None", "LORA"]),
     "type not a word": (setting("peft_type", ["LORA"]), ["peft_type", "LORA, PREFIX_TUNING, PROMPT_TUNING"]),
     "unknown type": (setting("peft_type", "ZORA"), ["peft_type 'ZORA' cannot be read", "PROMPT_TUNING"]),
-    "another type": (setting("peft_type", "PROMPT_TUNING"), ["r = 4 is not supported"]),
+    "another type": (setting("peft_type", "PROMPT_TUNING"), ["is not supported"]),
     "a type of Graft's": (setting("peft_type", "GRAFT_BOTTLENECK"), ["graft.json is missing"]),
     "DoRA": (setting("use_dora", True), ["use_dora = True is not supported", "with peft, merge"]),
     "rsLoRA": (setting("use_rslora", True), ["use_rslora = True is not supported"]),
@@ -718,7 +718,7 @@ def assert_refused(base: Any, folder: Path, said: list[str]) -> None:
         store.load(base, folder)
     assert caught.value.exit_code == 5
     assert str(folder) in caught.value.message
-    assert caught.value.remedy or "JSON" in caught.value.message or "expected an object" in caught.value.message
+    assert caught.value.remedy
     for part in said:
         assert any(choice in str(caught.value) for choice in part.split("|")), str(caught.value)
     assert not base.adapters

@@ -11,6 +11,8 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from graft.recipe import Recipe
 
+torch.set_num_threads(1)  # faster for models this small, and tests run side by side
+
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SIGNS = {"positive": ["good", "great", "fine", "lovely"], "negative": ["bad", "poor", "awful", "dull"]}
 POSITIONS = 48

@@ -108,13 +108,16 @@ class Method(Config):
 
     def to_folder(self, adapter: Adapter, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """`adapter_config.json` and tensors (without the head) as they are stored."""
-        tensors = {key: value for key, value in adapter.tensors().items() if not key.startswith("head.")}
+        tensors = {name: tensor.detach() for name, tensor in adapter.named_tensors(head=False)}
         return {"peft_type": self.peft_type}, tensors
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Base, source: str) -> "Method":
         """The method of a folder that peft wrote, without Graft's own settings; errors name `source`."""
-        raise DamagedError(f"{source}: graft.json is missing, so the settings of {cls.name} are not known")
+        raise DamagedError(
+            f"{source}: graft.json is missing, so the settings of {cls.name} are not known",
+            "copy the whole folder again",
+        )
 
     def load(self, adapter: Adapter, base: Base, tensors: Mapping[str, Tensor], source: str) -> None:
         """Put stored tensors (without the head) into a built adapter."""
@@ -128,8 +131,8 @@ def copy_tensors(adapter: Adapter, tensors: Mapping[str, Tensor], source: str, p
     """
     own = {
         name: tensor
-        for name, tensor in adapter.named_tensors()
-        if (name.startswith(tuple(prefixes)) if prefixes else not name.startswith("head."))
+        for name, tensor in adapter.named_tensors(head=False)
+        if not prefixes or name.startswith(tuple(prefixes))
     }
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     shapes = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]

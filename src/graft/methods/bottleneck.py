@@ -37,7 +37,7 @@ class Bottleneck(Method):
     source: ClassVar[str] = "Houlsby et al. 2019, arXiv 1902.00751; Pfeiffer et al. 2020, arXiv 2005.00247"
     unified: ClassVar[Bypass] = Bypass("f(h Wd) Wu", "block output (sequential)", "attention and FFN", "h + Δh")
     peft_type: ClassVar[str] = "GRAFT_BOTTLENECK"
-    rate_small: ClassVar[float] = 1e-3
+    rate_small: ClassVar[float] = 2e-3
     rate_large: ClassVar[float] = 2e-4
 
     aliases: ClassVar[dict[str, str]] = Method.aliases | {

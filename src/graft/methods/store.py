@@ -141,7 +141,8 @@ def _read_head(
     wrong = [key for key, value in expected.items() if key not in tensors or tensors[key].shape != value.shape]
     if wrong:
         raise DamagedError(
-            f"{source}: {len(wrong)} tensors of the task head are missing or misshapen, first {wrong[0]}"
+            f"{source}: {len(wrong)} tensors of the task head are missing or misshapen, first {wrong[0]}",
+            "the adapter was made for another base or settings",
         )
     with torch.no_grad():
         for key, value in expected.items():
@@ -194,9 +195,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DamagedError(f"{path.parent}: {path.name} is missing", "give the folder of an adapter") from None
     except (OSError, ValueError) as error:
-        raise DamagedError(f"{path}: not JSON ({error})") from None
+        raise DamagedError(f"{path}: not JSON ({error})", "copy the folder again") from None
     if not isinstance(value, dict):
-        raise DamagedError(f"{path}: expected an object, got {type(value).__name__}")
+        raise DamagedError(f"{path}: expected an object, got {type(value).__name__}", "copy the folder again")
     return value
 
 

@@ -84,10 +84,12 @@ class Adapter(nn.Module):
         """Everything the adapter holds, by stable names: `<site>.<tensor>`, `shared.<tensor>`, `head.<tensor>`."""
         return {name: tensor.detach() for name, tensor in self.named_tensors()}
 
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Like `tensors`, with the live parameters and buffers; one that several sites share comes once."""
+    def named_tensors(self, head: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Like `tensors`, with the live parameters and buffers; one that several sites share comes once, those of
+        the task head only with `head`."""
         modules: list[tuple[str, nn.Module]] = [(site.name, part) for site, part in self.placed]
-        modules += [(name, module) for name, module in (("shared", self.shared), ("head", self.head)) if module]
+        others = {"shared": self.shared, "head": self.head if head else None}
+        modules += [(name, module) for name, module in others.items() if module]
         seen: set[int] = set()
         for prefix, module in modules:
             for name, tensor in _tensors(module):

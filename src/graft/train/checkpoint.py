@@ -47,8 +47,10 @@ def read(path: Path, adapter: Adapter) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise DamagedError(f"{path}: the checkpoint cannot be read ({error})", "remove it") from None
     own = dict(adapter.named_tensors())
-    if own.keys() != tensors.keys():
-        raise DamagedError(f"{path}: it holds {len(tensors)} tensors, the adapter {len(own)}", "it is another run's")
+    if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise DamagedError(
+            f"{path}: its {len(tensors)} tensors are not the {len(own)} of the adapter", "it is another run's"
+        )
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from pydantic import Field, model_validator
 from torch import nn
 
@@ -117,6 +118,7 @@ Progress = Callable[[Literal["training", "evaluating"], int, int], None]
 
 def make_accelerator(precision: str) -> Accelerator:
     """accelerate's view of devices and processes, in the run's number format."""
+    AcceleratorState._reset_state()  # it keeps the format of the first run in a process
     return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=not torch.cuda.is_available())
 
 
