@@ -224,10 +224,9 @@ def assemble(recipe: Recipe, planned: Sequence[Trial], causes: dict[str, str], c
         mine = [trial for trial in planned if trial.label == label]
         failed = [causes[trial.name] for trial in mine if trial.name in causes]
         finished = [trial for trial in mine if trial.name not in causes]
-        if failed or not finished:
-            rows.append(
-                {"label": label, "method": label.split()[0], "status": "failed", "cause": failed[0]} | _nothing()
-            )
+        if failed:
+            told = {"label": label, "method": label.split()[0], "status": "failed", "cause": failed[0]}
+            rows.append(told | {"seeds": len(finished)} | _nothing())
             continue
         arrays[label] = [correct[trial.name] for trial in finished]
         rows.append(_row(label, [reports[trial.name] for trial in finished], arrays[label], base, recipe))

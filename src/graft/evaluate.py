@@ -23,6 +23,8 @@ from graft.routing import Entry, Route
 def embed(base: Base, texts: Sequence[str], entry: Entry, *, max_length: int = 128, batch_size: int = 64) -> Tensor:
     """Mean-pooled, normalized hidden states of texts, fp32 [texts, d], in the order given."""
     assert base.tokenizer is not None
+    if base.max_positions is not None:  # virtual tokens need positions too, and every method gets the same cut
+        max_length = min(max_length, base.max_positions // 2)
     ids = base.tokenizer(list(texts), truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
     filler = base.config.pad_token_id or 0
     result = torch.empty(len(texts), base.hidden_size)

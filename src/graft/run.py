@@ -130,6 +130,7 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
     _record_environment(run, base)
     train, validation = _examples(run, base, run.splits.train), _examples(run, base, run.splits.validation)
     adapter = build_adapter(run.recipe, method, base, run.splits.labels)
+    _check_positions(base, adapter, run.recipe.data.max_length)
     for line in preflight(method, base, adapter, train, run.precision):
         run.say(line)
         say(line)
@@ -187,6 +188,16 @@ def build_adapter(recipe: Recipe, method: Method, base: Base, labels: tuple[str,
     recipe.objective.prepare(base, adapter, labels)
     attach(base, adapter)
     return adapter
+
+
+def _check_positions(base: Base, adapter: Adapter, max_length: int) -> None:
+    virtual = adapter.positions + sum(part.positions for part in adapter.virtual_parts())
+    if base.max_positions is not None and max_length + virtual > base.max_positions:
+        raise UsageError(
+            f"max_length {max_length} and {virtual} virtual tokens exceed the {base.max_positions} positions "
+            f"of {base.name}",
+            "shorten one of them",
+        )
 
 
 def preflight(method: Method, base: Base, adapter: Adapter, train: list[Example], precision: Precision) -> list[str]:
