@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     BertForSequenceClassification,
+    DistilBertForSequenceClassification,
     GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    RobertaForSequenceClassification,
 )
 
 from graft.methods.base import read_method
@@ -35,6 +37,8 @@ CLASSIFIERS = {
     "bert": BertForSequenceClassification,
     "gpt2": GPT2ForSequenceClassification,
     "llama": LlamaForSequenceClassification,
+    "roberta": RobertaForSequenceClassification,
+    "distilbert": DistilBertForSequenceClassification,
 }
 
 Given = dict[str, Tensor]
@@ -84,12 +88,10 @@ def ours(kind: str, method: Mapping[str, Any], head: bool = False, seed: int = 0
 
 
 @contextmanager
-def peft_warnings(*more: str) -> Iterator[None]:
-    """peft calls a deprecated property of transformers when it wraps a model; `more`: starts of other messages."""
+def peft_warnings() -> Iterator[None]:
+    """peft reads a deprecated property of transformers when it wraps a model: no other warning is let through."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        for message in more:
-            warnings.filterwarnings("ignore", message, UserWarning)
         yield
 
 
@@ -109,7 +111,9 @@ def twin(base: Base, kind: str, head: bool = False) -> nn.Module:
     classifier = CLASSIFIERS[kind](config)
     prefix = f"{base.family.body}." if base.family.body else ""
     body = {name.removeprefix(prefix): value for name, value in base.state().items() if name.startswith(prefix)}
-    classifier.base_model.load_state_dict(body)
+    left = classifier.base_model.load_state_dict(body, strict=False)
+    assert not left.missing_keys
+    assert all(kind == "roberta" and name.startswith("pooler.") for name in left.unexpected_keys)  # it has none
     return classifier.eval()
 
 

@@ -1,5 +1,7 @@
 """Every method on every family: what a method promises, tested by being found on disk."""
 
+import json
+
 import bases
 import pytest
 import torch
@@ -267,3 +269,41 @@ def test_all_linear_leaves_the_output_layer_out():
     assert {site.layer for site in sites} == {0, 1}
     assert len(make("gpt2").select("all-linear")) == 2 * 4
     assert [site.role for site in make("bert").select(["query", "value"])][:2] == ["attn.q", "attn.v"]
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "more", "pooling", "kind"),
+    [
+        ("bert", "lora", {}, None, "LORA"),
+        ("bert", "lora", {}, "mean", "GRAFT_LORA"),
+        ("bert", "prefix", {}, "first", "GRAFT_PREFIX"),
+        ("bert", "prompt", {}, None, "GRAFT_PROMPT"),
+        ("bert", "prompt", {"pool": "virtual"}, None, "PROMPT_TUNING"),
+        ("roberta", "prompt", {}, None, "GRAFT_PROMPT"),
+        ("llama", "prompt", {}, None, "PROMPT_TUNING"),
+        ("llama", "lora", {}, "mean", "GRAFT_LORA"),
+        ("t5", "lora", {}, None, "GRAFT_LORA"),
+    ],
+)
+def test_a_folder_that_peft_would_score_otherwise_is_not_called_by_its_type(
+    family, method, more, pooling, kind, tmp_path
+):
+    base, given = make(family), batch()
+    adapter = put(base, method, **more)
+    Classify(pooling=pooling).prepare(base, adapter, ("no", "yes"))
+    adapter.eval()
+    store.save(adapter, base, tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["peft_type"] == kind
+    with torch.no_grad():
+        before = scores(base, given, method)
+        fresh = make(family)
+        store.load(fresh, tmp_path / "a", "again")
+        torch.testing.assert_close(scores(fresh, given, "again"), before, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_saving_works_with_hardly_a_position_left(method, tmp_path):
+    base = make("gpt2")
+    adapter = put(base, method, num_virtual_tokens=62)
+    store.save(adapter, base, tmp_path / "a")
+    assert store.load(make("gpt2"), tmp_path / "a").trainable_count() > 0

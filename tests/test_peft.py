@@ -39,7 +39,13 @@ from graft.parts.attach import detach
 PADDINGS = (None, "right", "left")
 STATES = {"bert": {"states", "pooled"}}
 """Outputs without a task head; of the other families `states` and `logits`."""
-QUERIES = {"gpt2": ["c_attn"], "bert": ["query", "value"], "t5": ["q", "v"]}
+QUERIES = {
+    "gpt2": ["c_attn"],
+    "bert": ["query", "value"],
+    "roberta": ["query", "value"],
+    "distilbert": ["q_lin", "v_lin"],
+    "t5": ["q", "v"],
+}
 """peft's names of LoRA's default sites; q_proj and v_proj elsewhere."""
 IGNORED = "Position ids are not supported"
 
@@ -128,7 +134,10 @@ def test_lora_in_an_encoder_decoder(padded):
 @pytest.mark.parametrize("padded", PADDINGS)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 def test_lora_with_a_task_head(kind, padded):
-    both = pair(kind, {"name": "lora", "r": 4}, lora_config(kind, r=4, target_modules=targets(kind)), head=True)
+    settings = {"r": 4, "lora_alpha": 3}
+    both = pair(
+        kind, {"name": "lora"} | settings, lora_config(kind, **settings, target_modules=targets(kind)), head=True
+    )
     head = 2 if kind == "bert" else 1  # decoders score without a bias
     found = compare(both, padded)
     assert len(both.matches) == (4 if kind == "gpt2" else 8) + head
@@ -293,6 +302,9 @@ STORED = [
     # peft's prefix of an encoder-decoder has another shape, and transformers' T5 classifier another head.
     if not (kind == "t5" and (head or method in ("prefix", "projection"))) and not (kind == "wide" and head)
 ]
+STORED += [("roberta", "lora", True), ("roberta", "prefix", True), ("distilbert", "lora", True)]
+HEADS = {"llama": 1, "gpt2": 1, "bert": 2, "roberta": 4, "distilbert": 4, "t5": 2}
+"""Tensors of a task head."""
 
 
 def stored_ids(case: Any) -> str:
@@ -342,7 +354,7 @@ def test_peft_reads_what_graft_wrote(kind, method, head, tmp_path):
     first, second = tensors(tmp_path / "mine"), tensors(tmp_path / "again")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert len(first) == {"lora": 2 * len(adapter.placed)}.get(method, 1) + (kind == "bert") * head + head
+    assert len(first) == {"lora": 2 * len(adapter.placed)}.get(method, 1) + (HEADS[kind] if head else 0)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -507,8 +519,7 @@ def test_round_trip(kind, head, tmp_path):
     store.save(adapter, base, tmp_path / "mine")
     again = make(kind)
     loaded = store.load(again, tmp_path / "mine")
-    head_tensors = 0 if not head else 2 if kind in ("bert", "t5") else 1
-    assert_equal_tensors(adapter, loaded, 2 * len(adapter.placed) + head_tensors)
+    assert_equal_tensors(adapter, loaded, 2 * len(adapter.placed) + (HEADS[kind] if head else 0))
     assert len(adapter.placed) == {"gpt2": 2, "t5": 12}.get(kind, 4)
     assert loaded.method == adapter.method
     if head:
@@ -526,7 +537,7 @@ def test_round_trip_of_virtual_tokens(method, head, tmp_path):
         store.save(adapter, base, tmp_path / kind)
         again = make(kind)
         loaded = store.load(again, tmp_path / kind)
-        assert_equal_tensors(adapter, loaded, len(adapter.placed) + (head and (2 if kind == "t5" else 1)))
+        assert_equal_tensors(adapter, loaded, len(adapter.placed) + (HEADS[kind] if head else 0))
         assert loaded.method == adapter.method
         assert set(same(from_graft(again, kind, head), from_graft(base, kind, head)).values()) == {0.0}
 
@@ -826,6 +837,12 @@ def test_a_start_that_changes_the_base_gives_other_outputs(tmp_path):
     store.load(base, tmp_path / "theirs")
     mine, theirs = from_graft(base, "llama", False), from_peft(model, "llama", False, "lora")
     assert float((mine["logits"] - theirs["logits"]).abs().max()) > 1e-2
+
+
+def test_a_head_that_reads_a_virtual_token_needs_a_pooler(tmp_path):
+    """peft's classifiers of RoBERTa read the first column, a virtual token, without a pooler in between."""
+    written_by_peft(tmp_path / "theirs", "roberta", METHODS["prompt"][1]("roberta"), head=True)
+    assert_refused(make("roberta"), tmp_path / "theirs", ["its head reads the first virtual token"])
 
 
 def test_a_failed_load_leaves_what_was_attached(folders, tmp_path):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -384,7 +385,7 @@ def test_learning_rate_schedule(schedule, total, ratio):
     rising, falling = shares[: warmup + 1], shares[warmup:]
     assert rising == sorted(rising)
     assert falling == sorted(falling, reverse=True)
-    steps = [b - a for a, b in zip(rising, rising[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(rising)]
     assert all(step == pytest.approx(1 / (warmup + 1)) for step in steps)
     if schedule == "constant":
         assert set(falling) == {1.0}
@@ -463,9 +464,7 @@ def test_gradient_checkpointing_changes_memory_only(done, tmp_path, monkeypatch,
     assert calls == 30 * 2 * 2  # two layers, in each of the 30 steps, and again in the backward pass
     assert report["quality"] == done[name].report["quality"]
     plain, again = (lines(folder / "metrics.jsonl") for folder in (done[name].folder, tmp_path / "run"))
-    assert [point["train_loss"] for point in again] == pytest.approx(
-        [point["train_loss"] for point in plain], rel=1e-3
-    )
+    assert [point["train_loss"] for point in again] == pytest.approx([point["train_loss"] for point in plain], rel=1e-3)
 
 
 # Guards -------------------------------------------------------------------------------------------
@@ -980,12 +979,15 @@ def test_pairs_of_texts(place, tmp_path):
 def test_three_labels(place, tmp_path):
     rows = [row | {"label": number % 3} for number, row in enumerate(tiny.rows(200, 3))]
     path = tiny.write_rows(tmp_path / "three.jsonl", rows)
-    execute(tiny.recipe(place, data={"train": str(path), "max_length": 24}, training={"max_steps": 2}), tmp_path / "run")
+    execute(
+        tiny.recipe(place, data={"train": str(path), "max_length": 24}, training={"max_steps": 2}), tmp_path / "run"
+    )
     assert load(tmp_path / "run" / "adapter" / "graft.json")["head"]["labels"] == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("name", RATES)
 def test_bf16(place, tmp_path, name):
+    """Also that one process can hold runs of both formats, one after the other."""
     recipe = tiny.recipe(place, method=name, training={"precision": "bf16", "max_steps": 3})
     assert 0 <= execute(recipe, tmp_path / "run")["quality"] <= 1
     assert load(tmp_path / "run" / "env.json")["machine"]["dtype"] == "bf16"
@@ -1007,7 +1009,10 @@ def test_evaluation_from_disk(place, done):
 def test_evaluation_on_data_that_does_not_fit(done, tmp_path):
     unlabelled = tiny.write_rows(tmp_path / "u.jsonl", [{"text": "good"}])
     foreign = tiny.write_rows(tmp_path / "f.jsonl", [{"text": "good", "label": "joy"}])
-    for path, what in ((unlabelled, "no column 'label'"), (foreign, "label 'joy' is not among ['negative', 'positive']")):
+    for path, what in (
+        (unlabelled, "no column 'label'"),
+        (foreign, "label 'joy' is not among ['negative', 'positive']"),
+    ):
         with pytest.raises(DataError) as caught:
             evaluate_run(done["lora"].folder, str(path))
         assert f"{path}:1" in str(caught.value)

@@ -201,7 +201,7 @@ def _wait(process: subprocess.Popen[bytes], folder: RunFolder, tell: Callable[[s
                     tell(str(status["phase"]), float(status["fraction"]))
             time.sleep(0.2)
     except BaseException:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # a job in the background can have SIGINT ignored
         try:
             process.wait(timeout=30)
         except subprocess.TimeoutExpired:

@@ -309,11 +309,13 @@ def _checked_folder(name: str, path: Path) -> str:
     if not config.is_file():
         raise ModelError(f"{name}: config.json is missing", "a model folder holds config.json, weights and a tokenizer")
     try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        kind = dict(json.loads(config.read_text(encoding="utf-8"))).get("model_type")
+    except (ValueError, TypeError, OSError) as error:
         raise DamagedError(
             f"{name}: config.json cannot be read ({_first_line(error)})", "fetch the model again"
         ) from None
+    if kind not in FAMILIES:
+        raise ModelError(f"{name}: model_type {kind!r} in config.json is not known", nearest(str(kind), FAMILIES))
     if not any(path.glob("*.safetensors")):
         pickled = any(path.glob("*.bin"))
         remedy = (

@@ -119,7 +119,7 @@ class RunFolder:
         """A JSON file of the folder; empty when it is not there."""
         try:
             value = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError) as error:
             raise DamagedError(

@@ -7,10 +7,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from graft.errors import UsageError
+from graft.errors import DamagedError, UsageError
 from graft.methods.base import Bypass, Method, check_peft_config, copy_tensors
 from graft.model import Base
 from graft.parts.base import Adapter, Part
+from graft.parts.head import default_pooling
 from graft.sites import Site
 
 
@@ -114,6 +115,11 @@ class Prompt(Method):
             "tokenizer_kwargs",
         }
         check_peft_config(config, known | harmless, source)
+        if f"{cls.head_prefix}{base.family.task_head['out']}.weight" in tensors and default_pooling(base) == "first":
+            raise DamagedError(
+                f"{source}: its head reads the first virtual token, which Graft can give to a pooler only",
+                "read it with peft",
+            )
         return cls.parse({"num_virtual_tokens": config.get("num_virtual_tokens"), "pool": "virtual"}, source)
 
     def load(self, adapter: Adapter, base: Base, tensors: Mapping[str, Tensor], source: str) -> None:

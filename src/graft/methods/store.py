@@ -1,6 +1,6 @@
 """Adapter folders: PEFT's layout where peft has the method, the same shape with `GRAFT_…` types elsewhere.
 
-    adapter_config.json        what peft reads
+    adapter_config.json        what peft reads; of a GRAFT_… type too where peft would score otherwise
     adapter_model.safetensors  tensors by peft's names
     graft.json                 settings, the base's fingerprint, the head, and a probe: outputs on fixed ids
     README.md                  a card
@@ -40,6 +40,8 @@ def save(adapter: Adapter, base: Base, folder: Path, card: str = "") -> None:
     head = adapter_head(adapter)
     if head is not None:
         tensors |= _head_tensors(head, method.head_prefix)
+    if head is not None and not _peft_scores_alike(adapter, head, base):
+        config["peft_type"] = f"GRAFT_{method.name.upper()}"  # peft refuses it, rather than giving other scores
     config |= {
         "task_type": "SEQ_CLS" if head is not None else _TASKS[base.family.kind],
         "base_model_name_or_path": _public_name(base.name),
@@ -91,6 +93,18 @@ def load(base: Base, folder: Path | str, name: str | None = None) -> Adapter:
     if about.get("probe"):
         _check_probe(base, adapter, about["probe"], source)
     return adapter
+
+
+def _peft_scores_alike(adapter: Adapter, head: TaskHead, base: Base) -> bool:
+    """Whether transformers' sequence classifier, which peft puts below a head, pools as this adapter does.
+
+    It pools in one way for each architecture, T5's has layers that ours has not, and in an encoder it reads the first
+    virtual token as if it were the row's first.
+    """
+    if base.family.kind == "encoder-decoder" or head.pooling != default_pooling(base):
+        return False
+    tokens = adapter.virtual_parts()
+    return base.family.kind != "encoder" or not tokens or (head.pooling == "pooler" and tokens[0].pool_virtual)
 
 
 def _default_name(folder: Path) -> str:
@@ -154,7 +168,9 @@ def _read_head(
 def _probe(base: Base, adapter: Adapter) -> list[list[float]]:
     """Outputs [2, up to 8] on two fixed rows of ids, in evaluation mode."""
     vocabulary = int(base.config.vocab_size)
-    ids = ((torch.arange(16) * 7919 + 1000) % vocabulary).view(2, 8).to(base.device)
+    taken = adapter.positions + sum(part.positions for part in adapter.virtual_parts())
+    length = 8 if base.max_positions is None else max(1, min(8, base.max_positions - taken))
+    ids = ((torch.arange(2 * length) * 7919 + 1000) % vocabulary).view(2, length).to(base.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     training = base.model.training, adapter.training
     base.model.eval()
