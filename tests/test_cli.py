@@ -647,7 +647,7 @@ def test_command_in_a_poor_environment(place, tmp_path):
     settings = tiny.settings(place, model=str(folder / "model"), training=FEW)
     path = put(folder / "r ü.yaml", yaml.safe_dump(settings, allow_unicode=True))
     environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "LANG", "XDG_CACHE_HOME")}
-    environment |= {"LC_ALL": "C", "PYTHONIOENCODING": "ascii:strict"}
+    environment |= {"LC_ALL": "C", "PYTHONIOENCODING": "ascii:strict", "OMP_NUM_THREADS": "1"}
     command = [*PYTHON, "train", str(path), "-o", str(folder / "-out")]
     child = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/proc", check=False)
     assert child.returncode == 0, child.stderr

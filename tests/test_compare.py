@@ -595,6 +595,7 @@ def training(status: Path) -> dict[str, Any] | None:
 @pytest.mark.slow
 def test_killed_and_interrupted_comparison(place, tmp_path, monkeypatch, capsys):
     """kill -9, then Ctrl-C, in the middle of a trial: no process is left, and the end has every row."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # several threads wait for each other when tests run side by side
     path, out = tmp_path / "r.yaml", tmp_path / "out"
     few = {"forgetting": [], "transfer": [], "seeds": [1], "training": {"max_steps": 400, "num_train_epochs": 99}}
     path.write_text(yaml.safe_dump(settings(place, methods=["lora"], **few)))

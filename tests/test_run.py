@@ -21,6 +21,7 @@ from torch import nn
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from graft import run as running
+from graft.assess import Assessor
 from graft import runfolder
 from graft.data.batch import training_batches
 from graft.data.load import read_all
@@ -62,13 +63,13 @@ def done(place) -> dict[str, Done]:
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         seen: list[torch.Tensor] = []
-        logits = running._logits
+        logits = Assessor.logits
 
         def spy(*given: Any) -> torch.Tensor:
             seen.append(logits(*given))
             return seen[-1]
 
-        patch.setattr(running, "_logits", spy)
+        patch.setattr(Assessor, "logits", spy)
         for name in methods():
             seen.clear()
             method = {"name": name, "learning_rate": RATES[name]}

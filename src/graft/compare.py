@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from graft.assess import check_probes
 from graft.data.load import Splits, load_splits
 from graft.errors import DamagedError, GraftError, RecipeError
 from graft.files import write_json, write_text
@@ -23,7 +24,6 @@ from graft.methods.base import Method
 from graft.model import locate
 from graft.recipe import Recipe
 from graft.report import write_report
-from graft.run import check_probes
 from graft.runfolder import RunFolder, differences
 from graft.stats import interval, verdicts
 

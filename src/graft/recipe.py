@@ -39,7 +39,7 @@ def _as_fault(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
         try:
             return read(given)
         except RecipeError as error:
-            raise ValueError(re.sub(r"^recipe(: |, \w+ )", "", str(error))) from None
+            raise ValueError(re.sub(r"^recipe(, \w+|: \w+:|:) ", "", str(error))) from None
 
     return call
 

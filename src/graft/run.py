@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from graft.data.load import Row, Splits, load_splits, read_all, read_rows, subset
-from graft.errors import DamagedError, DataError, RecipeError, UsageError
-from graft.evaluate import nearest_centroid, retrieval_probe
+from graft.assess import Assessor, check_probes
+from graft.data.load import Row, Splits, load_splits, read_rows
+from graft.errors import DamagedError, RecipeError, UsageError
 from graft.files import folder_bytes, write_json
-from graft.measure import PeakMemory, environment, median_ms
+from graft.measure import PeakMemory, environment
 from graft.methods import store
 from graft.methods.base import Method
 from graft.model import Base, load_base
 from graft.objectives.base import Example
-from graft.objectives.classify import collate
-from graft.parts.attach import attach, detach, merge_into
+from graft.parts.attach import attach, detach
 from graft.parts.base import Adapter
-from graft.parts.head import TaskHead, adapter_head, pool, scores
 from graft.recipe import Recipe
 from graft.runfolder import RunFolder, find_run
 from graft.stats import interval
@@ -37,9 +35,8 @@ ADAPTER = "tuned"
 Watch = Callable[[str, float], None]
 """Called with what a run is doing and the share of the whole run that is done, 0 to 1."""
 
-_LATENCY_ROWS = 40
-_TRAINED, _MEASURED = 0.75, 0.95
-"""Shares of a run that are over after training and after the probes: only the bar depends on them."""
+_TRAINED = 0.75
+"""Share of a run that is over after training: only the bar depends on it."""
 
 
 @dataclass
@@ -107,7 +104,7 @@ def _prepare(recipe: Recipe) -> tuple[Accelerator, Precision]:
 
 def load_for(recipe: Recipe, precision: Precision, device: torch.device) -> Base:
     """The recipe's base. Frozen weights are kept in the format of the products; weights that train in place in fp32."""
-    in_place = bool(recipe.method is not None and getattr(recipe.method, "exclusive", False))
+    in_place = recipe.method is not None and recipe.method.in_place
     base = load_base(recipe.model, dtype=torch.float32 if in_place else precision.dtype)
     base.model.to(device)  # type: ignore[arg-type]
     return base
@@ -152,15 +149,22 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
     run.watch("saving the adapter", _TRAINED)
     saved = run.folder.path / "adapter"
     store.save(adapter, base, saved)
-    reference = _logits(run, base, validation[:8])
+    assessor = Assessor(
+        run.recipe,
+        run.splits,
+        run.accelerator,
+        lambda phase, share: run.watch(phase, _TRAINED + (1 - _TRAINED) * share),
+    )
+    reference = assessor.logits(base, validation[:8], ADAPTER)
     trainable = adapter.trainable_count()
     total = base.parameter_count() + sum(parameter.numel() for parameter in head_parameters(adapter))
     detach(base, ADAPTER)
     del base, adapter, trainer
     fresh = load_for(run.recipe, run.precision, run.accelerator.device)
     adapter = store.load(fresh, saved, ADAPTER)
-    _check_reloaded(reference, _logits(run, fresh, validation[:8]), saved)
-    report = _figures(run, fresh) | {
+    _check_reloaded(reference, assessor.logits(fresh, validation[:8], ADAPTER), saved)
+    figures = assessor.adapter(fresh, adapter, method.mergeable)
+    return _quality(run, figures) | {
         "method": method.name,
         "trainable_parameters": trainable,
         "trainable_fraction": trainable / total,
@@ -173,7 +177,6 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
         "best_step": fitted.best_step,
         "steps": fitted.steps,
     }
-    return report | _latencies(run, fresh, adapter, method)
 
 
 def head_parameters(adapter: Adapter) -> list[torch.nn.Parameter]:
@@ -220,12 +223,6 @@ def preflight(method: Method, base: Base, adapter: Adapter, train: list[Example]
     return lines
 
 
-@torch.no_grad()
-def _logits(run: _Run, base: Base, examples: list[Example]) -> torch.Tensor:
-    with run.accelerator.autocast():
-        return scores(base, collate(base, examples), ADAPTER).float()
-
-
 def _check_reloaded(before: torch.Tensor, after: torch.Tensor, folder: Path) -> None:
     difference = float((before - after).abs().max())
     # The prefix projection is folded when saved, in fp32; everything else is the same tensors and the same products.
@@ -233,55 +230,8 @@ def _check_reloaded(before: torch.Tensor, after: torch.Tensor, folder: Path) -> 
         raise DamagedError(f"{folder}: reloaded, the adapter's scores differ by {difference:.3g}", "please report this")
 
 
-def _figures(run: _Run, base: Base) -> dict[str, Any]:
-    """Quality on the test rows, forgetting probes and transfer, all through the adapter."""
-    recipe, batch = run.recipe, run.recipe.training.per_device_eval_batch_size
-    run.watch("evaluating on the test rows", _TRAINED)
-    with run.accelerator.autocast():
-        tested = recipe.objective.evaluate(base, _examples(run, base, run.splits.test), ADAPTER, batch)
-        probes = {}
-        for number, name in enumerate(recipe.forgetting):
-            run.watch(f"probing what was forgotten: {name}", _share(number, recipe))
-            probes[name] = retrieval_probe(base, read_all(name)[: recipe.probe_samples], ADAPTER)
-        transfer = {}
-        for number, name in enumerate(recipe.transfer):
-            run.watch(f"classifying other texts: {name}", _share(len(recipe.forgetting) + number, recipe))
-            examples = _examples(run, base, transfer_rows(recipe, run.splits.labels, name))
-            transfer[name] = recipe.objective.evaluate(base, examples, ADAPTER, batch).quality
-    return _quality(run, tested.correct) | {"probes": probes, "transfer": transfer}
-
-
-def check_probes(recipe: Recipe, labels: tuple[str, ...]) -> None:
-    """Read what is measured after training, so that a fault in it is found before."""
-    for name in recipe.forgetting:
-        read_all(name)
-    for name in recipe.transfer:
-        transfer_rows(recipe, labels, name)
-
-
-def transfer_rows(recipe: Recipe, labels: tuple[str, ...], name: str) -> list[Row]:
-    """The labelled rows of another data set, which must have the labels of training."""
-    rows = subset(read_rows(name, need_label=True), recipe.probe_samples)
-    other = sorted({row.label or "" for row in rows} - set(labels))
-    if other:
-        raise DataError(f"transfer: {name} has the label {other[0]!r}, training has {list(labels)}")
-    return rows
-
-
-def _quality(run: _Run, correct: list[int]) -> dict[str, Any]:
-    write_json(run.folder.path / "correct.json", {"correct": correct})
-    measured = interval([correct])
-    return {"quality": measured.mean, "quality_low": measured.low, "quality_high": measured.high}
-
-
-def _share(done: int, recipe: Recipe) -> float:
-    return _TRAINED + (_MEASURED - _TRAINED) * (done + 1) / (len(recipe.forgetting) + len(recipe.transfer) + 1)
-
-
 def _curve(fitted: Fit) -> list[dict[str, Any]]:
-    """About a hundred points of the learning curve, each with the mean loss since the one before; all
-    evaluations are kept.
-    """
+    """Some 25 points of the learning curve, each with the mean loss since the one before, and all evaluations."""
     width = math.ceil(len(fitted.points) / 25)
     curve: list[dict[str, Any]] = []
     losses: list[float] = []
@@ -302,76 +252,22 @@ def _curve_point(point: Point, loss: float) -> dict[str, Any]:
     }
 
 
-def _latencies(run: _Run, base: Base, adapter: Adapter, method: Method) -> dict[str, Any]:
-    """Median time of a batch of one row, attached and merged, and how far merging moves the scores.
-
-    Merging changes the base, so this comes last.
-    """
-    run.watch("measuring latency", _MEASURED)
-    head = adapter_head(adapter)
-    assert head is not None
-    examples = _examples(run, base, run.splits.test[:_LATENCY_ROWS])
-    attached = _latency(run, base, head, examples, ADAPTER)
-    before = _logits(run, base, examples[:8])
-    if not method.mergeable:
-        return {"latency_ms": attached, "merged_latency_ms": None, "merged_difference": None}
-    merge_into(base, ADAPTER)
-    with torch.no_grad(), run.accelerator.autocast():
-        after = head(pool(base.hidden(collate(base, examples[:8])), head.pooling)).float()
-    difference = float((before - after).abs().max())
-    return {
-        "latency_ms": attached,
-        "merged_latency_ms": _latency(run, base, head, examples, None),
-        "merged_difference": difference,
-    }
-
-
-def _latency(run: _Run, base: Base, head: TaskHead | None, examples: list[Example], entry: str | None) -> float:
-    batches = [collate(base, [example]) for example in examples]
-
-    def call(index: int) -> None:
-        with torch.no_grad(), run.accelerator.autocast(), base.route(entry):
-            hidden = base.hidden(batches[index])
-            if head is not None:
-                head(pool(hidden, head.pooling))
-            if base.device.type == "cuda":
-                torch.cuda.synchronize()
-
-    return median_ms(call, len(batches))
-
-
 def _measure_base(run: _Run) -> dict[str, Any]:
-    """The untouched base: its probes, its latency, and the nearest-centroid classifier as its quality."""
-    recipe = run.recipe
     run.watch("loading the base", 0.0)
-    base = load_for(recipe, run.precision, run.accelerator.device)
+    base = load_for(run.recipe, run.precision, run.accelerator.device)
     _record_environment(run, base)
-    with torch.no_grad(), run.accelerator.autocast():
-        sets: dict[str, Sequence[Row]] = {"test": run.splits.test}
-        sets |= {name: transfer_rows(recipe, run.splits.labels, name) for name in recipe.transfer}
-        run.watch("classifying by nearest centroid", 0.1)
-        right = nearest_centroid(base, run.splits.train, sets, run.splits.labels)
-        probes = {}
-        for number, name in enumerate(recipe.forgetting):
-            run.watch(f"probing the base: {name}", 0.5 + 0.4 * number / len(recipe.forgetting))
-            probes[name] = retrieval_probe(base, read_all(name)[: recipe.probe_samples], None)
-    transfer = {name: sum(right[name]) / len(right[name]) for name in recipe.transfer}
-    latency = _latency(run, base, None, _examples(run, base, run.splits.test[:_LATENCY_ROWS]), None)
-    return _quality(run, right["test"]) | {
-        "method": "base",
-        "probes": probes,
-        "transfer": transfer,
-        "trainable_parameters": 0,
-        "trainable_fraction": 0.0,
-        "peak_memory_bytes": None,
-        "train_seconds": None,
-        "examples_per_second": None,
-        "adapter_bytes": 0,
-        "learning_rate": None,
-        "curve": [],
-        "latency_ms": latency,
-        "merged_latency_ms": latency,
-    }
+    figures = Assessor(run.recipe, run.splits, run.accelerator, run.watch).untouched(base)
+    costs = dict.fromkeys(("peak_memory_bytes", "train_seconds", "examples_per_second", "learning_rate"))
+    nothing = {"trainable_parameters": 0, "trainable_fraction": 0.0, "adapter_bytes": 0, "curve": []}
+    return _quality(run, figures) | {"method": "base"} | costs | nothing
+
+
+def _quality(run: _Run, figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures, with the interval of the quality; which rows were right goes to a file of its own."""
+    correct = figures.pop("correct")
+    write_json(run.folder.path / "correct.json", {"correct": correct})
+    measured = interval([correct])
+    return figures | {"quality": measured.mean, "quality_low": measured.low, "quality_high": measured.high}
 
 
 def stop_with(parent: int | None) -> None:

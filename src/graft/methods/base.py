@@ -58,6 +58,11 @@ class Method(Config):
     layers_to_transform: list[int] | None = Field(default=None, min_length=1)
     """Only these layers, counted from 0; all when left out."""
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the base's own tensors train."""
+        return False
+
     def build(self, base: Base, name: str) -> Adapter:
         """A new adapter for `base`, not attached yet. The default puts `part(site)` at each chosen site."""
         placed = [(site, self.part(site)) for site in self.chosen(base)]

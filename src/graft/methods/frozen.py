@@ -51,6 +51,11 @@ class Frozen(Method):
             raise ValueError(f"not a regular expression: {error}") from None
         return pattern
 
+    @property
+    def in_place(self) -> bool:
+        """As `exclusive` says."""
+        return self.exclusive
+
     def build(self, base: Base, name: str) -> Adapter:
         """Parts at the modules whose tensors the settings choose."""
         prefixes = self._layers(base)

@@ -28,6 +28,11 @@ class Full(Method):
     """Train the base in place. When false the adapter holds copies, and other adapters and the plain base can be
     routed beside it, at twice the memory of the weights and twice the work in the forward pass."""
 
+    @property
+    def in_place(self) -> bool:
+        """As `exclusive` says."""
+        return self.exclusive
+
     def build(self, base: Base, name: str) -> Adapter:
         """Parts at every module that has parameters."""
         return Adapter(name, self, list(own_parts(base, lambda _: True, self.exclusive)), exclusive=self.exclusive)
