@@ -150,8 +150,8 @@ def results_page() -> str:
         "# Results",
         "Kept comparisons, with their recipes. Quality is accuracy on test rows, with its 95 % interval; forgetting is the worst of"
         " two retrieval probes, in points of recall@10; *other texts* is the mean accuracy on tweets, product reviews and editorials"
-        " without training on them. Verdicts are paired over the same test rows (and seeds), Holm-adjusted. The machines are shared:"
-        " compare times within a table, not between tables.",
+        " without training on them. Verdicts are paired over the same test rows (and seeds), Holm-adjusted. The machines are shared"
+        " and noisy: `movie-reviews` ran on one thread beside other work, so of its times only the order of size means something.",
         "This page is written by `make docs` from `docs/results/`.",
     ]
     for path in sorted((HERE / "results").glob("*.json")):

@@ -317,6 +317,10 @@ def spoil_model(folder: Path, how: str) -> None:
             path.unlink()
     elif how == "tokenizer cut":
         os.truncate(folder / "tokenizer.json", 100)
+    elif how == "another tokenizer":
+        words = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        words["model"]["vocab"] |= {f"word{index}": 1000 + index for index in range(7)}
+        (folder / "tokenizer.json").write_text(json.dumps(words))
     elif how == "an adapter":
         (folder / "adapter_config.json").write_text("{}")
 
@@ -340,6 +344,7 @@ def spoil_model(folder: Path, how: str) -> None:
         ("another depth", 2, "tensors are missing from the weights, first 'encoder.layer.2."),
         ("without tokenizer", 2, "no tokenizer files; copy tokenizer.json beside the weights"),
         ("tokenizer cut", 2, "the tokenizer cannot be read"),
+        ("another tokenizer", 2, "the tokenizer has 140 tokens, the model embeddings for 133; take the tokenizer that"),
         ("an adapter", 2, "is an adapter, not a base model; give the base that it was trained on"),
     ],
 )
@@ -384,6 +389,9 @@ def test_folder_of_another_run(graft, recipe, run):
     refused(result, 2, f"{run} holds another run (", "choose another folder with -o")
     assert entries(run) == before
     refused(graft("compare", recipe, "-o", run), 2, "holds other files")
+    model = run.parents[1] / "model"
+    refused(graft("train", recipe, "-o", model), 2, "holds other files (config.json)")
+    refused(graft("compare", recipe, "-o", model), 2, "holds other files (config.json)")
     refused(graft("compare", recipe, "-o", run.parent), 2, "holds other files (lora)")
 
 

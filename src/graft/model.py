@@ -278,6 +278,12 @@ def _load(name: str, source: str, dtype: torch.dtype) -> Base:
             f"{name}: {len(unusable)} tensors are missing from the weights, first {unusable[0]!r}",
             "fetch the model again",
         )
+    words, vectors = len(tokenizer), len(model.get_input_embeddings().weight)
+    if words > vectors:
+        raise ModelError(
+            f"{name}: the tokenizer has {words} tokens, the model embeddings for {vectors}",
+            "take the tokenizer that belongs to the model",
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Base(model.eval(), tokenizer, name, fresh=missing)
