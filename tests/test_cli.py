@@ -511,9 +511,10 @@ def test_train(graft, recipe, tmp_path):
     assert "2,114 parameters" in result.out
     assert result.out.endswith(f"run: {tmp_path / 'out'}\n")
     assert "lora on " in result.err
-    again = graft("train", recipe, "-o", tmp_path / "out", "--json")
-    assert (again.code, again.err) == (0, "")
-    assert json.loads(again.out) == json.loads((tmp_path / "out" / "report.json").read_text())
+    for folder in ("out", "other"):  # a finished run, and one that trains
+        again = graft("train", recipe, "-o", tmp_path / folder, "--json")
+        assert (again.code, again.err) == (0, "")
+        assert json.loads(again.out) == json.loads((tmp_path / folder / "report.json").read_text())
 
 
 def test_train_chooses_a_folder(graft, recipe, tmp_path, monkeypatch):

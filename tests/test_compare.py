@@ -40,7 +40,7 @@ def place(tmp_path_factory) -> Path:
 
 def settings(place: Path, **more: Any) -> dict[str, Any]:
     given = {"methods": METHODS, "seeds": [1, 2], "transfer": [str(place / "other.jsonl")]}
-    return tiny.settings(place, **(given | {"forgetting": ["news-editorials"], "probe_samples": 50} | more))
+    return tiny.settings(place, **(given | {"forgetting": ["news-editorials"], "probe_samples": 60} | more))
 
 
 class Trials:
@@ -185,6 +185,7 @@ def test_figures_are_those_of_the_trials(compared):
         lost = base["probes"]["news-editorials"] - sum(report["probes"]["news-editorials"] for report in reports) / 2
         assert found["forgetting"]["news-editorials"] == pytest.approx(100 * lost)
         assert found["curve"] == reports[0]["curve"]
+    assert any(found["forgetting"]["news-editorials"] for found in compared.comparison["rows"])
     assert row(compared.comparison, "lora")["merged_latency_ms"] > 0
     assert row(compared.comparison, "full")["merged_latency_ms"] > 0
     assert row(compared.comparison, "prompt")["merged_latency_ms"] is None
@@ -259,7 +260,7 @@ def test_another_method_or_seed_repeats_nothing(place, tmp_path, ran):
     [
         ({"training": {"max_steps": 2}}, "training."),
         ({"transfer": []}, "transfer: "),
-        ({"probe_samples": 51}, "probe_samples: 50, now 51"),
+        ({"probe_samples": 51}, "probe_samples: 60, now 51"),
         ({"objective": {"name": "classify", "pooling": "first"}}, "objective.pooling: mean, now first"),
     ],
 )

@@ -21,8 +21,8 @@ from torch import nn
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from graft import run as running
-from graft.assess import Assessor
 from graft import runfolder
+from graft.assess import Assessor
 from graft.data.batch import training_batches
 from graft.data.load import read_all
 from graft.errors import DamagedError, DataError, GraftError, GuardError, RecipeError, ResourceError, UsageError
@@ -242,6 +242,20 @@ def test_seed_decides_every_byte(place, done, tmp_path):
     assert [point["train_loss"] for point in again] == [point["train_loss"] for point in first]
     execute(recipe.model_copy(update={"seed": 2}), tmp_path / "other")
     assert tensors(tmp_path / "other") != tensors(done["lora"].folder)
+
+
+def test_starting_values_depend_on_the_seed_alone(place):
+    """Whatever was drawn before, for example for a pooler that the checkpoint does not have."""
+    starts = []
+    for seed, drawn in ((1, 0), (1, 5), (2, 0)):
+        recipe = tiny.recipe(place, seed=seed)
+        base = load_base(recipe.model)
+        torch.rand(drawn)
+        starts.append(build_adapter(recipe, recipe.method, base, ("a", "b")).tensors())
+    first, same, other = starts
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not torch.equal(first["layers.0.attn.q.lora_A"], other["layers.0.attn.q.lora_A"])
+    assert not torch.equal(first["head.out.weight"], other["head.out.weight"])
 
 
 RELOAD = """
@@ -989,6 +1003,7 @@ def test_three_labels(place, tmp_path):
 @pytest.mark.parametrize("name", RATES)
 def test_bf16(place, tmp_path, name):
     """Also that one process can hold runs of both formats, one after the other."""
+    make_accelerator("fp32")
     recipe = tiny.recipe(place, method=name, training={"precision": "bf16", "max_steps": 3})
     assert 0 <= execute(recipe, tmp_path / "run")["quality"] <= 1
     assert load(tmp_path / "run" / "env.json")["machine"]["dtype"] == "bf16"
