@@ -450,7 +450,7 @@ def test_interrupted_training(graft, recipe, tmp_path, monkeypatch, number, twic
         if twice:
             patch.setattr(RunFolder, "fail", again)
         result = graft("train", recipe, "-o", tmp_path / "out", "--quiet")
-    assert result == (130, "", "graft: interrupted; the same command goes on from here\n")
+    assert result == (130, "", "graft: interrupted; the same command starts again and repeats no finished trial\n")
     if not twice:
         assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "stopped"
     assert graft("train", recipe, "-o", tmp_path / "out", "--quiet") == (0, "", "")
@@ -528,11 +528,11 @@ def test_train_chooses_a_folder(graft, recipe, tmp_path, monkeypatch):
 
 def test_dry_run(graft, recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for verb in ("train", "compare"):
-        result = graft(verb, recipe, "seed=9", "--dry-run")
+    for verb, given, seeds in (("train", "seed=9", (9, [1])), ("compare", "seeds=[9]", (1, [9]))):
+        result = graft(verb, recipe, given, "--dry-run")
         assert (result.code, result.err) == (0, "")
         shown = Recipe.parse(yaml.safe_load(result.out))
-        assert shown.seed == 9
+        assert (shown.seed, shown.seeds) == seeds
         assert yaml.safe_load(result.out) == shown.resolved()
     assert entries(tmp_path) == {"r.yaml"}
 
@@ -664,3 +664,30 @@ def test_command_in_a_poor_environment(place, tmp_path):
     assert child.stdout.rstrip().endswith("-out")
     assert "Traceback" not in child.stderr
     assert (folder / "-out" / "report.json").exists()
+
+
+def test_a_damaged_run_does_not_hide_the_others(tmp_path, capsys):
+    from graft.runfolder import list_runs
+
+    for name, text in (("good", '{"state": "done"}'), ("bad", "{")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").write_text("method: {name: lora}\ndata: {train: x.csv}\n")
+        (tmp_path / name / "status.json").write_text(text)
+    states = {Path(row["run"]).name: row["state"] for row in list_runs(tmp_path)}
+    assert states == {"good": "done", "bad": "damaged"}
+
+
+def test_a_comparison_refuses_settings_that_it_never_reads():
+    from graft import cli
+    from graft.errors import RecipeError
+
+    recipe = str(Path(__file__).parents[1] / "recipes" / "demo.yaml")
+    for given in ("r=4", "seed=3", "method=full"):
+        with pytest.raises(RecipeError, match="a comparison reads methods and seeds"):
+            cli._compare(recipe, [given], Path("never"), False, True)
+
+
+def test_one_target_needs_no_list():
+    from graft import read_method
+
+    assert read_method({"name": "lora", "target_modules": "all-linear"}).target_modules == ["all-linear"]

@@ -626,7 +626,7 @@ def test_killed_and_interrupted_comparison(place, tmp_path, monkeypatch, capsys)
     assert (code, written) == (130, "")
     assert said.splitlines() == [
         "trial 2 of 2: lora (seed 1)",
-        "graft: interrupted; the same command goes on from here",
+        "graft: interrupted; the same command starts again and repeats no finished trial",
     ]
     stopped = load(status)
     assert stopped["state"] == "stopped"

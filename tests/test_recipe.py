@@ -165,7 +165,7 @@ def test_missing_keys():
         ("lora_alpha=.inf", "lora_alpha: Input should be a finite number"),
         ("lora_dropout=1.0", "lora_dropout: Input should be less than 1"),
         ("target_modules=[]", "target_modules: List should have at least 1 item"),
-        ("target_modules=attn.q", "target_modules: Input should be a valid list"),
+        ("target_modules=3", "target_modules: Input should be a valid list"),
         ("layers_to_transform=[]", "layers_to_transform: List should have at least 1 item"),
         ("batch_size=0", "per_device_train_batch_size: Input should be greater than or equal to 1"),
         ("gradient_accumulation_steps=0", "gradient_accumulation_steps: Input should be greater than or equal to 1"),

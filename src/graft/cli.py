@@ -84,6 +84,12 @@ def compare(
 
 def _compare(source: str, assignments: list[str] | None, folder: Path, as_json: bool, dry_run: bool) -> None:
     recipe = _recipe(source, assignments)
+    if source != "-" and assignments:
+        before = _recipe(source, None, quiet=True)
+        if (before.method, before.seed) != (recipe.method, recipe.seed):
+            raise RecipeError(
+                "a comparison reads methods and seeds, not method and seed", "give methods=[…] or seeds=[…]"
+            )
     if dry_run:
         typer.echo(recipe.to_yaml(), nl=False)
         return
@@ -370,8 +376,8 @@ def main() -> None:
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads that wait for each other by spinning starve on a shared machine: with one of two cores busy, 20 steps of full
-    # fine-tuning took 60 s and more, against 7 to 12 s when they sleep. Read when PyTorch is loaded, which is later.
+    # Threads that wait for each other by spinning starve on a shared machine: with one of two cores busy, 20 steps
+    # of full fine-tuning took 60 s and more, against 7 to 12 s when they sleep. PyTorch, loaded later, reads this.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # not every locale has "●"
@@ -385,7 +391,7 @@ def main() -> None:
     except GraftError as error:
         code = _say(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        code = _say("interrupted; the same command goes on from here", 130)
+        code = _say("interrupted; the same command starts again and repeats no finished trial", 130)
     except MemoryError:
         code = _say("out of memory; use smaller batches or shorter rows", 3)
     except BrokenPipeError:

@@ -176,19 +176,16 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
         raise RecipeError(f"{folder}: no such folder", "give the folder that holds the runs")
     found = []
     for recipe in sorted(folder.rglob("recipe.yaml")):
-        run = RunFolder(recipe.parent)
-        status = run.read("status.json")
-        if not status:  # a comparison's own recipe
-            continue
-        settings = run.recipe() or {}
-        method = settings.get("method") or {"name": "base"}
-        found.append(
-            {
-                "run": str(recipe.parent),
-                "method": method["name"],
-                "data": settings.get("data", {}).get("train", ""),
-                "state": status["state"],
-                "quality": run.read("report.json").get("quality"),
-            }
-        )
+        row: dict[str, Any] = {"run": str(recipe.parent), "method": "", "data": "", "state": "damaged", "quality": None}
+        try:
+            run = RunFolder(recipe.parent)
+            status, settings = run.read("status.json"), run.recipe() or {}
+            if not status:  # a comparison's own recipe
+                continue
+            method = settings.get("method") or {"name": "base"}
+            row |= {"method": method["name"], "data": settings.get("data", {}).get("train", "")}
+            row |= {"quality": run.read("report.json").get("quality"), "state": status["state"]}
+        except GraftError:
+            pass  # one damaged folder must not hide the others: its row says so
+        found.append(row)
     return found

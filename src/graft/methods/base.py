@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from graft.config import Config, classes_in, read_choice
@@ -57,6 +57,12 @@ class Method(Config):
 
     layers_to_transform: list[int] | None = Field(default=None, min_length=1)
     """Only these layers, counted from 0; all when left out."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _one_target(cls, given: Any) -> Any:
+        """`target_modules: all-linear` without a list, as peft's users write it."""
+        return [given] if isinstance(given, str) else given
 
     @property
     def in_place(self) -> bool:
