@@ -257,6 +257,10 @@ _FIGURES = (
 )  # fmt: skip
 
 
+_WHOLE = ("trainable_parameters", "peak_memory_bytes", "adapter_bytes")
+"""Figures that are counts; the mean over seeds is rounded."""
+
+
 def _nothing() -> dict[str, Any]:
     return dict.fromkeys(_FIGURES) | {"forgetting": {}, "transfer": {}, "curve": []}
 
@@ -285,7 +289,7 @@ def _row(
         "quality_low": measured.low,
         "quality_high": measured.high,
         **figures,
-        "trainable_parameters": reports[0]["trainable_parameters"],
+        **{name: round(value) for name in _WHOLE if (value := figures[name]) is not None},
         "forgetting": forgetting,
         "transfer": {name: _mean([report["transfer"][name] for report in reports]) for name in recipe.transfer},
         "curve": reports[0]["curve"],
