@@ -376,8 +376,8 @@ def main() -> None:
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads that wait for each other by spinning starve on a shared machine: with one of two cores busy, 20 steps
-    # of full fine-tuning took 60 s and more, against 7 to 12 s when they sleep. PyTorch, loaded later, reads this.
+    # Threads that wait for each other by spinning starve on a shared machine: beside other processes on two cores,
+    # 20 steps of full fine-tuning took 60 s and more, against 7 to 12 s when they sleep. PyTorch, loaded later, reads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # not every locale has "●"

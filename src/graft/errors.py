@@ -78,12 +78,6 @@ class DamagedError(GraftError):
     exit_code = 5
 
 
-class Interrupted(GraftError):
-    """Ctrl-C or SIGTERM."""
-
-    exit_code = 130
-
-
 def nearest(name: str, known: Iterable[str], aliases: Iterable[str] = ()) -> str:
     """A half sentence that helps with a misspelled name: the nearest known one (or alias), or all known ones."""
     names = sorted(known)

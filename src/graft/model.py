@@ -188,7 +188,7 @@ class Base:
         """The position id of a row's first token."""
         return int(self.config.pad_token_id) + 1 if self.family.starts_after_pad else 0
 
-    def select(self, patterns: Sequence[str] | str, linear_only: bool = False) -> list[Site]:
+    def select(self, patterns: Sequence[str] | str) -> list[Site]:
         """The sites that match: a role (`attn.q`), a site's name (`layers.3.attn.q`), the end of a module path as PEFT
         spells it (`q_proj`, `query`, `c_attn`), or `all-linear` (every matrix inside the layers, fused ones whole).
 
@@ -196,10 +196,9 @@ class Base:
         """
         chosen: dict[str, Site] = {}
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            found = self._match(pattern, linear_only)
+            found = self._match(pattern)
             if not found:
-                kind = "linear site" if linear_only else "site"
-                raise UsageError(f"{pattern!r} matches no {kind} of {self.name}", nearest(pattern, self.site_names()))
+                raise UsageError(f"{pattern!r} matches no site of {self.name}", nearest(pattern, self.site_names()))
             chosen |= {site.name: site for site in found}
         order = {site.name: position for position, site in enumerate(self.sites)}
         return sorted(chosen.values(), key=lambda site: order.get(site.name, len(order)))
@@ -212,15 +211,14 @@ class Base:
         }
         return sorted(roles | modules | {"all-linear"})
 
-    def _match(self, pattern: str, linear_only: bool) -> list[Site]:
+    def _match(self, pattern: str) -> list[Site]:
         if pattern == "all-linear":
             return [site for site in self.sites if site.linear and site.columns is None and site.layer is not None]
-        named = [site for site in self.sites if pattern in (site.role, site.name) or bare(site.role) == pattern] or [
+        return [site for site in self.sites if pattern in (site.role, site.name) or bare(site.role) == pattern] or [
             site
             for site in self.sites
             if site.linear and site.columns is None and (site.path == pattern or site.path.endswith(f".{pattern}"))
         ]
-        return [site for site in named if site.linear or not linear_only]
 
 
 def load_base(name: str, *, dtype: torch.dtype = torch.float32) -> Base:

@@ -176,7 +176,7 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
         raise RecipeError(f"{folder}: no such folder", "give the folder that holds the runs")
     found = []
     for recipe in sorted(folder.rglob("recipe.yaml")):
-        row: dict[str, Any] = {"run": str(recipe.parent), "method": "", "data": "", "state": "damaged", "quality": None}
+        row: dict[str, Any] = {"run": str(recipe.parent), "method": "", "data": "", "state": "", "quality": None}
         try:
             run = RunFolder(recipe.parent)
             status, settings = run.read("status.json"), run.recipe() or {}
@@ -185,7 +185,7 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
             method = settings.get("method") or {"name": "base"}
             row |= {"method": method["name"], "data": settings.get("data", {}).get("train", "")}
             row |= {"quality": run.read("report.json").get("quality"), "state": status["state"]}
-        except GraftError:
-            pass  # one damaged folder must not hide the others: its row says so
+        except GraftError:  # one damaged folder must not hide the others
+            row["state"] = "damaged"
         found.append(row)
     return found

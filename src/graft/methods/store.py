@@ -22,7 +22,7 @@ from graft.errors import DamagedError, GraftError, RecipeError
 from graft.files import whole_folder, write_json, write_text
 from graft.methods.base import Method, method_of, methods, read_method
 from graft.model import Base
-from graft.parts.attach import adapter_of, attach, detach
+from graft.parts.attach import attach, detach
 from graft.parts.base import Adapter
 from graft.parts.head import Pooling, TaskHead, adapter_head, default_pooling, scores
 
@@ -256,9 +256,3 @@ def _card(method: Method, base: Base) -> str:
         f"---\nbase_model: {_public_name(base.name)}\nlibrary_name: graft\ntags: [{method.name}]\n---\n\n"
         f"A `{method.name}` adapter for `{_public_name(base.name)}`, trained with Graft.\n\nMethod: {method.source}.\n"
     )
-
-
-def reload(base: Base, name: str, folder: Path) -> Adapter:
-    """Replace an attached adapter by what is in its folder."""
-    detach(base, adapter_of(base, name).name)
-    return load(base, folder, name)

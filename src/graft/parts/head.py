@@ -54,7 +54,7 @@ class TaskHead(nn.Module):
         return cls(base.hidden_size, labels, family.task_head, family.head_activation, pooling, dropout)
 
     def description(self) -> dict[str, Any]:
-        """What `from_description` needs to build it again."""
+        """What an adapter folder keeps of it."""
         return {"labels": list(self.labels), "pooling": self.pooling, "dropout": self.rate}
 
     def forward(self, pooled: Tensor) -> Tensor:
