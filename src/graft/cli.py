@@ -377,7 +377,7 @@ def main() -> None:
             signal.signal(number, _interrupt)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Threads that wait for each other by spinning starve on a shared machine: beside other processes on two cores,
-    # 20 steps of full fine-tuning took 60 s and more, against 7 to 12 s when they sleep. PyTorch, loaded later, reads it.
+    # 20 steps of full fine-tuning took 60 s and more, against 7 to 12 s when they sleep. PyTorch reads it when loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # not every locale has "●"
