@@ -73,14 +73,7 @@ def make(name: str, seed: int = 0) -> Base:
 
 def settings(method: str) -> dict:
     """A method's settings for tests of routing: nothing trains the base in place."""
-    return {
-        "full": {"exclusive": False},
-        "frozen": {"exclusive": False, "last_layers": 1},
-        "lora": {"r": 4},
-        "bottleneck": {"bottleneck_size": 6},
-        "prefix": {"num_virtual_tokens": 3},
-        "prompt": {"num_virtual_tokens": 5, "prompt_tuning_init": "RANDOM"},
-    }[method]
+    return dict(methods()[method].small)
 
 
 def put(base: Base, method: str, name: str | None = None, shake: float = 0.1, **more):

@@ -246,7 +246,7 @@ def test_prefix_projection_is_folded_when_saved(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"name": "lora", "r": 33}, r"r: 33 is more than the 32"),
+        ({"name": "lora", "r": 33}, r"r: 33 is not from 1 to 32"),
         ({"name": "lora", "target_modules": ["attn.qq"]}, r"'attn.qq' matches no site.*did you mean 'attn.q'"),
         ({"name": "lora", "target_modules": ["attn"]}, r"lora cannot sit at 'attn'"),
         ({"name": "lora", "layers_to_transform": [2]}, r"no layer 2, the base has 0 to 1"),

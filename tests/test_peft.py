@@ -634,7 +634,7 @@ ANY: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
 
 THEIRS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "one tensor missing": (drop(LORA_B), ["of 8 tensors", "1 missing", "layers.0.attn.q.lora_B"]),
-    "A missing": (drop(LORA_A), ["1 modules", "model.layers.0.self_attn.q_proj"]),
+    "A missing": (drop(LORA_A), ["of 8 tensors", "1 missing", "layers.0.attn.q.lora_A"]),
     "module missing": (
         drop(LORA_A, LORA_B),
         ["1 modules of target_modules have no tensors", "model.layers.0.self_attn.q_proj", "incomplete"],
@@ -654,10 +654,9 @@ THEIRS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "unknown type": (setting("peft_type", "ZORA"), ["peft_type 'ZORA' cannot be read", "PROMPT_TUNING"]),
     "another type": (setting("peft_type", "PROMPT_TUNING"), ["is not supported"]),
     "a type of Graft's": (setting("peft_type", "GRAFT_BOTTLENECK"), ["graft.json is missing"]),
-    "DoRA": (setting("use_dora", True), ["use_dora = True is not supported", "with peft, merge"]),
-    "rsLoRA": (setting("use_rslora", True), ["use_rslora = True is not supported"]),
-    "ranks": (setting("rank_pattern", {"q_proj": 4}), ["rank_pattern = {'q_proj': 4} is not supported"]),
-    "alphas": (setting("alpha_pattern", {"q_proj": 4}), ["alpha_pattern"]),
+    "ranks": (setting("rank_pattern", {"q_proj": 3}), ["of 8 tensors", "4 of another shape"]),
+    "a regular expression of ranks": (setting("rank_pattern", {".*q_proj": 4}), ["rank_pattern has the regular"]),
+    "a regular expression of alphas": (setting("alpha_pattern", {"(a|b)*": 4}), ["alpha_pattern has the regular"]),
     "biases": (setting("bias", "all"), ["bias = 'all' is not supported"]),
     "LoRA's biases": (setting("lora_bias", True), ["lora_bias = True is not supported"]),
     "layers repeated": (setting("layer_replication", [[0, 2], [0, 2]]), ["layer_replication"]),

@@ -887,7 +887,7 @@ def test_damaged_status_is_named(place, tmp_path):
 @pytest.mark.parametrize(
     ("more", "what"),
     [
-        ({"method": {"name": "lora", "r": 33}}, "r: 33 is more than the 32 of layers.0.attn.q"),
+        ({"method": {"name": "lora", "r": 33}}, "r: 33 is not from 1 to 32, the size of layers.0.attn.q"),
         ({"method": {"name": "lora", "target_modules": ["q_prj"]}}, "q_prj"),
         ({"method": {"name": "lora", "layers_to_transform": [2]}}, "no layer 2, the base has 0 to 1"),
         ({"method": {"name": "lora", "layers_to_transform": [-1]}}, "no layer -1, the base has 0 to 1"),

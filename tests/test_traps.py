@@ -176,7 +176,7 @@ def test_the_pooler_reads_the_first_own_token_of_every_row():
 def test_a_loss_in_chunks_keeps_the_parts_at_the_head(family):
     """Trap 7."""
     base, given = make(family), batch()
-    put(base, "lora", target_modules=["head"], shake=0.5)
+    put(base, "lora", target_modules=["attn.o", "head"], shake=0.5)
     put(base, "prompt")
     labels = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
     for entry in ("lora", None, Route.of(["lora", None, "prompt", "lora"])):

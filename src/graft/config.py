@@ -264,12 +264,12 @@ def _locate(values: Mapping[str, Any], cls: type[Config], name: str) -> list[str
 
 
 def classes_in(package: str, parent: type[C], without: Collection[str]) -> dict[str, type[C]]:
-    """The subclasses of `parent` in the files of a package, by their `name`, but for some files."""
+    """The subclasses of `parent` with a `name` of their own in the files of a package, by it, but for some files."""
     found: dict[str, type[C]] = {}
     folder = importlib.import_module(package).__path__
     for module in sorted(info.name for info in pkgutil.iter_modules(folder) if info.name not in without):
         for item in vars(importlib.import_module(f"{package}.{module}")).values():
-            if isinstance(item, type) and issubclass(item, parent) and item is not parent:
+            if isinstance(item, type) and issubclass(item, parent) and "name" in vars(item):
                 found[item.name] = item  # type: ignore[attr-defined]
     return found
 

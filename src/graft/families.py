@@ -4,7 +4,7 @@ A path is relative to a layer. `Spot(enter, leave)` says in which module a site'
 which its output leaves, before the residual sum; `part` picks one of `parts` equal column blocks of a fused projection.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Family:
     """One architecture.
 
     `body` is the path of the model without its output head, in the class that Graft loads; `task_prefix` is
-    what transformers' task models put before a path of that class.
+    what transformers' task models put before a path of that class. `singles` are the sites outside the layers: role
+    and path in the body.
     """
 
     kind: str
@@ -44,7 +45,7 @@ class Family:
     embed: str
     body: str = ""
     task_prefix: str = ""
-    final_norm: str = ""
+    singles: dict[str, str] = field(default_factory=dict)
     lm_head: str = ""
     positions: str = "absolute"
     """absolute (a table: its length bounds a row), rotary, or relative (no position ids)."""
@@ -110,6 +111,16 @@ _LLAMA_LAYER = {
     "attention": Spot("self_attn"),
     "norm.attn": Spot("input_layernorm"),
     "norm.mlp": Spot("post_attention_layernorm"),
+    "norm.q": Spot("self_attn.q_norm"),  # Qwen 3; absent ones are left out
+    "norm.k": Spot("self_attn.k_norm"),
+}
+# Gemma 3 normalizes a block's output too, before the residual sum.
+_GEMMA3_LAYER = _LLAMA_LAYER | {
+    "attn": Spot("self_attn", "post_attention_layernorm"),
+    "mlp": Spot("mlp", "post_feedforward_layernorm"),
+    "norm.mlp": Spot("pre_feedforward_layernorm"),
+    "norm.attn.post": Spot("post_attention_layernorm"),
+    "norm.mlp.post": Spot("post_feedforward_layernorm"),
 }
 
 
@@ -141,13 +152,14 @@ _BERT = Family(
     stacks=(Stack("encoder.layer", _BERT_LAYER),),
     embed="embeddings.word_embeddings",
     task_prefix="bert",
+    singles={"norm.embed": "embeddings.LayerNorm", "pooler": "pooler.dense"},
 )
 _LLAMA = Family(
     kind="decoder",
     stacks=(Stack("layers", _LLAMA_LAYER),),
     embed="embed_tokens",
     body="model",
-    final_norm="norm",
+    singles={"norm.final": "norm"},
     lm_head="lm_head",
     positions="rotary",
     task_head={"out": "score"},
@@ -160,6 +172,7 @@ FAMILIES: dict[str, Family] = {
         stacks=_BERT.stacks,
         embed=_BERT.embed,
         task_prefix="roberta",
+        singles=_BERT.singles,
         starts_after_pad=True,
         task_head={"dense": "classifier.dense", "out": "classifier.out_proj"},
         head_activation="tanh",
@@ -169,6 +182,7 @@ FAMILIES: dict[str, Family] = {
         stacks=(Stack("transformer.layer", _DISTILBERT_LAYER),),
         embed="embeddings.word_embeddings",
         task_prefix="distilbert",
+        singles={"norm.embed": "embeddings.LayerNorm"},
         task_head={"dense": "pre_classifier", "out": "classifier"},
         head_activation="relu",
     ),
@@ -177,7 +191,7 @@ FAMILIES: dict[str, Family] = {
         stacks=(Stack("h", _GPT2_LAYER),),
         embed="wte",
         body="transformer",
-        final_norm="ln_f",
+        singles={"norm.final": "ln_f"},
         lm_head="lm_head",
         task_head={"out": "score"},
     ),
@@ -185,6 +199,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "gemma3_text": replace(_LLAMA, stacks=(Stack("layers", _GEMMA3_LAYER),)),
     "t5": Family(
         kind="encoder-decoder",
         stacks=(
@@ -192,7 +207,7 @@ FAMILIES: dict[str, Family] = {
             Stack("decoder.block", _t5_layer(2), prefix="dec."),
         ),
         embed="shared",
-        final_norm="decoder.final_layer_norm",
+        singles={"enc.norm.final": "encoder.final_layer_norm", "dec.norm.final": "decoder.final_layer_norm"},
         lm_head="lm_head",
         positions="relative",
         unroutable=("relative_attention_bias",),

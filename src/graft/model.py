@@ -26,7 +26,7 @@ from graft import assets
 from graft.errors import DamagedError, ModelError, ResourceError, RouteError, UsageError, nearest
 from graft.families import FAMILIES, Family
 from graft.routing import Entry, Route, Router
-from graft.sites import LINEAR, Site, bare, find_sites
+from graft.sites import LINEAR, Site, bare, find_sites, matches
 
 
 @dataclass(frozen=True)
@@ -214,11 +214,8 @@ class Base:
     def _match(self, pattern: str) -> list[Site]:
         if pattern == "all-linear":
             return [site for site in self.sites if site.linear and site.columns is None and site.layer is not None]
-        return [site for site in self.sites if pattern in (site.role, site.name) or bare(site.role) == pattern] or [
-            site
-            for site in self.sites
-            if site.linear and site.columns is None and (site.path == pattern or site.path.endswith(f".{pattern}"))
-        ]
+        named = [site for site in self.sites if pattern in (site.role, site.name) or bare(site.role) == pattern]
+        return named or [site for site in self.sites if matches(pattern, site)]
 
 
 def load_base(name: str, *, dtype: torch.dtype = torch.float32) -> Base:

@@ -2,8 +2,8 @@
 
 A site is named by role, the same for every architecture: the linears
 `attn.q attn.k attn.v attn.o mlp.gate mlp.up mlp.down`, the blocks `attn mlp`, the softmax core
-`attention`, `embed`, `norm.attn norm.mlp norm.final` and `head`, with `enc.`, `dec.` and `cross.` in
-encoder-decoders.
+`attention`, `embed`, `pooler`, `norm.embed norm.attn norm.mlp norm.final` and `head`, with `enc.`, `dec.` and `cross.`
+in encoder-decoders.
 """
 
 from collections.abc import Iterator
@@ -45,6 +45,11 @@ class Site:
         return isinstance(self.leave, LINEAR)
 
     @property
+    def whole(self) -> bool:
+        """Whether peft could adapt it: one whole matrix, or the embedding table."""
+        return (self.linear and self.columns is None) or self.role == "embed"
+
+    @property
     def key(self) -> str:
         """The name without dots, unique among the sites of one module."""
         return self.name.replace(".", "_")
@@ -74,6 +79,13 @@ def bare(role: str) -> str:
     return role.removeprefix("enc.").removeprefix("dec.")
 
 
+def matches(pattern: str, site: Site) -> bool:
+    """Whether a pattern is a site's role, its name, or the path of its module (or the end of it)."""
+    if pattern in (site.role, site.name) or bare(site.role) == pattern:
+        return True
+    return site.whole and (site.path == pattern or site.path.endswith(f".{pattern}"))
+
+
 def find_sites(model: PreTrainedModel, family: Family) -> Iterator[Site]:
     """Every site of a model, from the input to the output."""
     body = model.get_submodule(family.body)
@@ -97,10 +109,9 @@ def find_sites(model: PreTrainedModel, family: Family) -> Iterator[Site]:
                     share=(spot.part, spot.parts),
                 )
                 yield site
-    if family.final_norm:
-        yield _site("norm.final", "norm.final", None, model, f"{prefix}{family.final_norm}", hidden=hidden)
-    if _exists(model, f"{prefix}pooler.dense"):
-        yield _site("pooler", "pooler", None, model, f"{prefix}pooler.dense", hidden=hidden)
+    for role, path in family.singles.items():
+        if _exists(model, f"{prefix}{path}"):
+            yield _site(role, role, None, model, f"{prefix}{path}", hidden=hidden)
     if family.lm_head:
         yield _site("head", "head", None, model, family.lm_head, hidden=hidden)
 
@@ -139,6 +150,11 @@ def _site(
         width = d_out // parts
         columns = slice(part * width, (part + 1) * width) if parts > 1 else None
         sizes = {"d_in": d_in, "d_out": width}
+    elif isinstance(leave, nn.Embedding):
+        sizes = {"d_in": leave.num_embeddings, "d_out": leave.embedding_dim}
+    elif "norm." in role:
+        width = int(leave.get_parameter("weight").shape[0])
+        sizes = {"d_in": width, "d_out": width}
     elif role.endswith("attention"):
         config = model.config
         heads = int(config.num_attention_heads)

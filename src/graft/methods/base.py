@@ -1,15 +1,16 @@
 """What a method is: a configuration that builds an adapter. One subclass, in a file of its own, per method."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from graft.config import Config, classes_in, read_choice
 from graft.errors import DamagedError, UsageError
+from graft.families import Family
+from graft.methods.folder import copy_tensors
 from graft.model import Base
 from graft.parts.base import Adapter, Part
 from graft.sites import Site
@@ -25,10 +26,19 @@ class Bypass:
     composition: str
 
 
+@dataclass(frozen=True)
+class Progress:
+    """Where a training run is: optimizer step `step`, counted from 1, of `total`."""
+
+    step: int
+    total: int
+
+
 class Method(Config):
     """A fine-tuning method and its settings.
 
-    Subclasses set the class variables and `part` (or `build`, when parts share something).
+    Subclasses set the class variables and `part` (or `build`, when parts share something). A method that does
+    something at each step keeps what it remembers in the adapter's tensors, so that a resumed run is the same run.
     """
 
     name: ClassVar[str]
@@ -38,6 +48,10 @@ class Method(Config):
     peft_type: ClassVar[str]
     """The type in `adapter_config.json`; GRAFT_… where peft has no such method."""
     mergeable: ClassVar[bool] = False
+    starts_as_base: ClassVar[bool] = True
+    """Whether an untrained adapter computes exactly what the base computes."""
+    small: ClassVar[Mapping[str, Any]] = {}
+    """Settings for a base 32 wide with two layers, beside other adapters, as the tests have."""
     head_prefix: ClassVar[str] = "base_model.model."
     """What peft puts before the names of a task head's tensors."""
     rate_small: ClassVar[float]
@@ -103,6 +117,40 @@ class Method(Config):
             raise UsageError(f"layers_to_transform: no layer {outside[0]}, the base has 0 to {max(layers)}")
         return [site for site in fitting if site.layer in self.layers_to_transform]
 
+    def before_step(self, adapter: Adapter, progress: Progress) -> None:
+        """Called before the forward passes of an optimizer step: DyLoRA draws its rank."""
+
+    def penalty(self, adapter: Adapter) -> Tensor | None:
+        """What is added to the mean loss, once for each optimizer step: AdaLoRA's orthogonality."""
+        return None
+
+    def after_optimizer(self, adapter: Adapter, progress: Progress) -> None:
+        """Called after an optimizer step, with its gradients still there: AdaLoRA's importance and pruning."""
+
+    def settled(self, progress: Progress) -> bool:
+        """Whether the adapter as it is after this step may be a run's result: AdaLoRA's only within its budget."""
+        return True
+
+    def ranks(self) -> range:
+        """The ranks at which one training can be used; empty where there is nothing to choose."""
+        return range(0)
+
+    def use_rank(self, adapter: Adapter, rank: int) -> None:
+        """Evaluate and merge at one of `ranks`. Raises `UsageError` for another."""
+        if rank not in self.ranks():
+            known = f"ranks 1 to {len(self.ranks())}" if self.ranks() else f"{self.name} has no ranks to choose from"
+            raise UsageError(f"rank {rank}: {known}")
+
+    @classmethod
+    def refuses(cls, family: Family) -> str | None:
+        """Why this method cannot work on an architecture; None when it can. Asked before a model is loaded."""
+        return None
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a peft configuration is of this method."""
+        return bool(config.get("peft_type") == cls.peft_type)
+
     def rate(self, base: Base) -> float:
         """The peak learning rate to use on this base."""
         if self.learning_rate is not None:
@@ -135,91 +183,11 @@ class Method(Config):
         copy_tensors(adapter, tensors, source)
 
 
-def copy_tensors(adapter: Adapter, tensors: Mapping[str, Tensor], source: str, prefixes: Sequence[str] = ()) -> None:
-    """Copy tensors by name into an adapter; missing, extra and misshapen ones are refused, counted and named.
-
-    With `prefixes`, only the adapter's tensors below them are expected.
-    """
-    own = {
-        name: tensor
-        for name, tensor in adapter.named_tensors(head=False)
-        if not prefixes or name.startswith(tuple(prefixes))
-    }
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
-    if missing or extra or shapes:
-        faults = []
-        for what, names in (
-            ("missing", missing),
-            ("unexpected", extra),
-            ("of another shape", sorted(shapes)),
-        ):
-            if names:
-                faults.append(f"{len(names)} {what} ({', '.join(names[:3])}{' …' if len(names) > 3 else ''})")
-        raise DamagedError(
-            f"{source}: of {len(own)} tensors " + ", ".join(faults),
-            "the adapter was made for another base or settings",
-        )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
-
-
 def method_of(adapter: Adapter) -> Method:
     """The method that built an adapter."""
     if not isinstance(adapter.method, Method):
         raise UsageError(f"adapter {adapter.name!r} was not built by a method")
     return adapter.method
-
-
-def task_path(adapter: Adapter, base: Base, path: str) -> str:
-    """A module's path as peft writes it: below the task model when the adapter has a head."""
-    prefix = f"{base.family.task_prefix}." if adapter.head is not None and base.family.task_prefix else ""
-    return f"base_model.model.{prefix}{path}"
-
-
-def base_path(base: Base, name: str) -> str:
-    """The inverse of `task_path`, for names with and without the task model's prefix."""
-    name = name.removeprefix("base_model.model.")
-    prefix = f"{base.family.task_prefix}."
-    return name.removeprefix(prefix) if len(prefix) > 1 else name
-
-
-def peft_targets(adapter: Adapter, base: Base) -> list[str]:
-    """`target_modules` for the adapter's sites: module names where peft would match just these, whole paths
-    otherwise.
-    """
-    paths = {site.path for site, _ in adapter.placed}
-    ends = sorted({path.rsplit(".", 1)[-1] for path in paths})
-    matched = {
-        path
-        for path, module in base.modules_by_path.items()
-        if path.rsplit(".", 1)[-1] in ends and (path in paths or "graft" not in path.split("."))
-    }
-    if matched == paths:
-        return ends
-    return sorted(task_path(adapter, base, path).removeprefix("base_model.model.") for path in paths)
-
-
-_PEFT_COMMON = {
-    "peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode",
-    "modules_to_save",
-}  # fmt: skip
-
-
-def check_peft_config(
-    config: Mapping[str, Any], known: set[str], source: str, neutral: Mapping[str, Sequence[Any]] | None = None
-) -> None:
-    """Refuse settings of a peft configuration that would change the result and are not read here.
-
-    Keys of other versions are harmless while they are unset (null, false, empty) or have a `neutral` value.
-    """
-    for key, value in config.items():
-        if key in known | _PEFT_COMMON or not value or value in (neutral or {}).get(key, ()):
-            continue
-        raise DamagedError(
-            f"{source}: {key} = {value!r} is not supported", "read it with peft, merge it and use the result"
-        )
 
 
 def methods() -> dict[str, type[Method]]:

@@ -1,6 +1,7 @@
 """Bottleneck adapters: a small network after a block, with its own residual."""
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ class Bottleneck(Method):
     source: ClassVar[str] = "Houlsby et al. 2019, arXiv 1902.00751; Pfeiffer et al. 2020, arXiv 2005.00247"
     unified: ClassVar[Bypass] = Bypass("f(h Wd) Wu", "block output (sequential)", "attention and FFN", "h + Δh")
     peft_type: ClassVar[str] = "GRAFT_BOTTLENECK"
+    small: ClassVar[Mapping[str, Any]] = {"bottleneck_size": 6}
     rate_small: ClassVar[float] = 2e-3
     rate_large: ClassVar[float] = 2e-4
 

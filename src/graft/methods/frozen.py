@@ -1,7 +1,8 @@
 """Frozen fine-tuning: some of the base's tensors train, the others stay."""
 
 import re
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
@@ -21,6 +22,7 @@ class Frozen(Method):
     unified: ClassVar[Bypass] = Bypass("(W + ΔW) x", "inputs of the last layers", "chosen tensors", "replaces h")
     peft_type: ClassVar[str] = "GRAFT_FROZEN"
     mergeable: ClassVar[bool] = True
+    small: ClassVar[Mapping[str, Any]] = {"exclusive": False, "last_layers": 1}
     rate_small: ClassVar[float] = 5e-4
     rate_large: ClassVar[float] = 5e-5
 

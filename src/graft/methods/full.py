@@ -1,6 +1,7 @@
 """Full fine-tuning: every tensor of the base trains."""
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -18,6 +19,7 @@ class Full(Method):
     unified: ClassVar[Bypass] = Bypass("(W + ΔW) x", "every input", "every tensor", "replaces h")
     peft_type: ClassVar[str] = "GRAFT_FULL"
     mergeable: ClassVar[bool] = True
+    small: ClassVar[Mapping[str, Any]] = {"exclusive": False}
     rate_small: ClassVar[float] = 2e-4
     rate_large: ClassVar[float] = 2e-5
 

@@ -8,7 +8,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from graft.errors import DamagedError, UsageError
-from graft.methods.base import Bypass, Method, check_peft_config
+from graft.methods.base import Bypass, Method
+from graft.methods.folder import check_peft_config
 from graft.model import Base
 from graft.parts.attention import widen_mask
 from graft.parts.base import Adapter, Core, Part
@@ -68,6 +69,8 @@ class Prefix(Method):
     source: ClassVar[str] = "Li & Liang 2021, arXiv 2101.00190"
     unified: ClassVar[Bypass] = Bypass("softmax(x Wq Pk^T) Pv", "layer input (parallel)", "attention", "(1-λ)h + λΔh")
     peft_type: ClassVar[str] = "PREFIX_TUNING"
+    starts_as_base: ClassVar[bool] = False
+    small: ClassVar[Mapping[str, Any]] = {"num_virtual_tokens": 3}
     head_prefix: ClassVar[str] = "base_model."
     rate_small: ClassVar[float] = 3e-2
     rate_large: ClassVar[float] = 3e-3

@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from graft.errors import DamagedError, UsageError
-from graft.methods.base import Bypass, Method, check_peft_config, copy_tensors
+from graft.methods.base import Bypass, Method
+from graft.methods.folder import check_peft_config, copy_tensors
 from graft.model import Base
 from graft.parts.base import Adapter, Part
 from graft.parts.head import default_pooling
@@ -38,6 +39,8 @@ class Prompt(Method):
         "softmax(x Wq Pk^T) Pv", "layer input (parallel)", "attention, from layer 0 on", "(1-λ)h + λΔh"
     )
     peft_type: ClassVar[str] = "PROMPT_TUNING"
+    starts_as_base: ClassVar[bool] = False
+    small: ClassVar[Mapping[str, Any]] = {"num_virtual_tokens": 5, "prompt_tuning_init": "RANDOM"}
     head_prefix: ClassVar[str] = "base_model."
     rate_small: ClassVar[float] = 1e-2
     rate_large: ClassVar[float] = 3e-3

@@ -120,13 +120,14 @@ def _method(
             return read_method(about["method"], f"{source}/graft.json")
         except GraftError as error:
             raise DamagedError(error.message, "it was written by another version of Graft") from None
-    kinds = {method.peft_type: method for method in methods().values()}
-    kind = config.get("peft_type")
-    if not isinstance(kind, str) or kind not in kinds:
-        known = sorted(name for name in kinds if not name.startswith("GRAFT_"))
-        raise DamagedError(f"{source}: peft_type {kind!r} cannot be read", f"known: {', '.join(known)}")
+    reader = next((method for method in methods().values() if method.reads(config)), None)
+    if reader is None:
+        known = sorted({m.peft_type for m in methods().values() if not m.peft_type.startswith("GRAFT_")})
+        raise DamagedError(
+            f"{source}: peft_type {config.get('peft_type')!r} cannot be read", f"known: {', '.join(known)}"
+        )
     try:
-        return kinds[kind].from_peft(config, tensors, base, source)
+        return reader.from_peft(config, tensors, base, source)
     except RecipeError as error:
         raise DamagedError(error.message, "adapter_config.json was altered: save the adapter again") from None
 

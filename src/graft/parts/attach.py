@@ -34,7 +34,8 @@ class Socket:
 class Host:
     """The parts of the sites that end in one module, and its hooks.
 
-    Values of a part's own come first, then outputs in the order in which sites were first used.
+    Inputs are changed first, then values of a part's own are used, then outputs in the order in which sites were first
+    used.
     """
 
     def __init__(self, base: Base, module: nn.Module, path: str) -> None:
@@ -43,6 +44,7 @@ class Host:
         self.name = path
         self.shared_by_rows = any(path.endswith(name) for name in base.family.unroutable)
         self.own: dict[str, Part] = {}
+        self.before: dict[str, Part] = {}
         # A list: keys that name the layer would make compiled code a graph for each layer.
         self.after: list[Socket] = []
         self.busy = False
@@ -52,6 +54,10 @@ class Host:
         """Put the part of adapter `name` at `site`."""
         if part.does("own"):
             self.own[name] = part
+        if part.does("before"):
+            if not self.before:
+                self.handles.append(self.module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self.before[name] = part
         if part.does("after"):
             socket = next((socket for socket in self.after if socket.site is site), None)
             if socket is None:
@@ -64,13 +70,14 @@ class Host:
     def drop(self, name: str) -> None:
         """Take the parts of adapter `name` away."""
         self.own.pop(name, None)
+        self.before.pop(name, None)
         for socket in self.after:
             socket.parts.pop(name, None)
 
     @property
     def empty(self) -> bool:
         """Whether no part is left."""
-        return not self.own and not any(socket.parts for socket in self.after)
+        return not self.own and not self.before and not any(socket.parts for socket in self.after)
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -84,6 +91,20 @@ class Host:
                 socket.x = _input(args, kwargs)
 
         self.handles.append(socket.site.enter.register_forward_pre_hook(enter, with_kwargs=True))
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.busy or not self.before:
+            return None
+        x = _input(args, kwargs)
+
+        def adapted(chain: list[Part], rows: Tensor | None) -> Tensor:
+            result = take(x, rows)
+            for part in chain:
+                result = part.before(result).to(x.dtype)
+            return result
+
+        new = by_rows(self.router, self.before, lambda rows: take(x, rows), adapted, x.shape[0], self)
+        return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self.busy:  # the call below, with a part's own values
@@ -175,7 +196,7 @@ def _place(base: Base, site: Site, name: str, part: Part) -> None:
     if site.key not in lodging:
         lodging[site.key] = nn.ModuleDict()
     lodging[site.key][f"adapter_{name}"] = part  # type: ignore[operator]
-    if part.does("own") or part.does("after"):
+    if part.does("own") or part.does("before") or part.does("after"):
         host = site.leave.__dict__.get(_HOST)
         if host is None:
             host = site.leave.__dict__[_HOST] = Host(base, site.leave, site.path)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ Core = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Part(nn.Module):
-    """What a method puts at one site. A subclass overrides what it needs of `after`, `attend`, `virtual` and `own`.
+    """What a method puts at one site. A subclass overrides what it needs of `before`, `after`, `attend`, `virtual` and
+    `own`.
 
     Routing is done around it: a part is called with its own rows only.
     """
@@ -26,6 +28,14 @@ class Part(nn.Module):
 
     pool_virtual: bool = False
     """Whether a pooler reads the first virtual token rather than the row's first own token."""
+
+    reads_weight: ClassVar[bool] = False
+    """Whether the result depends on the host's weight itself, not only on its output: such a part cannot be merged
+    after another one that changed the weight."""
+
+    def before(self, x: Tensor) -> Tensor:
+        """The input [B, S, d_in] to use instead of x. What other parts see as the site's input is the new one."""
+        raise NotImplementedError
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """The output [B, S, d_out] to use instead of y, from the site's input x [B, S, d_in] and output y."""

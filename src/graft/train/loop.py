@@ -16,6 +16,7 @@ from torch import nn
 
 from graft.config import Config
 from graft.data.batch import training_batches
+from graft.methods.base import Method, Progress, method_of
 from graft.model import Base
 from graft.objectives.base import Example, Objective, Result
 from graft.parts.base import Adapter
@@ -112,7 +113,7 @@ class Fit:
     points: list[Point] = field(default_factory=list)
 
 
-Progress = Callable[[Literal["training", "evaluating"], int, int], None]
+Watch = Callable[[Literal["training", "evaluating"], int, int], None]
 """Called with the phase, the steps done and the steps in all."""
 
 
@@ -138,7 +139,12 @@ class Trainer:
     accelerator: Accelerator
     checkpoints: Path | None = None
     record: Callable[[Point], None] | None = None
-    progress: Progress | None = None
+    progress: Watch | None = None
+
+    @property
+    def method(self) -> Method:
+        """What built the adapter."""
+        return method_of(self.adapter)
 
     @property
     def rows_per_step(self) -> int:
@@ -170,11 +176,14 @@ class Trainer:
         clock = time.perf_counter()
         for rows in self._batches([len(example) for example in train], total):
             chosen = [train[row] for row in rows]
+            progress = Progress(result.steps + 1, total)
+            self.method.before_step(self.adapter, progress)
             loss, norm = self._gradients(chosen)
             require_finite(loss, norm, result.steps + 1, [example.place for example in chosen])
             guard.saw_gradients()
             rate = float(schedule.get_last_lr()[0])
             optimizer.step()
+            self.method.after_optimizer(self.adapter, progress)
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             result.steps += 1
@@ -220,6 +229,9 @@ class Trainer:
                 loss = self.objective.loss(self.base, examples, self.adapter.name)
             self.accelerator.backward(loss.total / weight)
             total += loss.total.detach()
+        penalty = self.method.penalty(self.adapter)
+        if penalty is not None:
+            self.accelerator.backward(penalty / int(self.accelerator.num_processes))
         if self.accelerator.num_processes > 1:
             total = self.accelerator.reduce(total, "sum")
             for parameter in self.parameters():
@@ -239,6 +251,9 @@ class Trainer:
             )
         self._training_mode(True)
         best = result.best
+        settled = self.method.settled(Progress(result.steps, total))
+        if not settled:
+            return replace(point, quality=measured.quality, validation_loss=measured.loss)
         if best is None or (measured.quality, -measured.loss) > (best.quality, -best.loss):
             earlier, result.best_step, result.best = result.best_step, result.steps, measured
             if self.checkpoints is not None and self.accelerator.is_main_process:

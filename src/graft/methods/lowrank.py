@@ -1,0 +1,185 @@
+"""What LoRA and its relatives share: rank, scale and targets, and peft's folder layout."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from graft.errors import DamagedError, UsageError, nearest
+from graft.methods.base import Method
+from graft.methods.folder import (
+    adapted_sites,
+    base_path,
+    check_peft_config,
+    copy_tensors,
+    peft_targets,
+    task_path,
+)
+from graft.model import Base
+from graft.parts.base import Adapter, Part
+from graft.sites import Site, matches
+
+
+class LowRank(Method):
+    """Settings and storage of methods whose parts hold `lora_A` and `lora_B`.
+
+    Abstract: a method defines `low_rank(site, r, scale)` and the class variables.
+    """
+
+    small: ClassVar[Mapping[str, Any]] = {"r": 4}
+    rate_small: ClassVar[float] = 2e-3
+    rate_large: ClassVar[float] = 2e-4
+    use_dora: ClassVar[bool] = False
+
+    aliases: ClassVar[dict[str, str]] = Method.aliases | {
+        "rank": "r",
+        "lora_rank": "r",
+        "lora_r": "r",
+        "alpha": "lora_alpha",
+        "dropout": "lora_dropout",
+        "lora_target": "target_modules",
+        "sites": "target_modules",
+        "rslora": "use_rslora",
+    }
+
+    r: int = Field(default=8, ge=1)
+    """Rank of the added matrix."""
+
+    lora_alpha: float = Field(default=16, gt=0, allow_inf_nan=False)
+    """The added matrix is scaled by lora_alpha / r."""
+
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the input of the added matrix, in training."""
+
+    use_rslora: bool = False
+    """Scale by lora_alpha / √r instead, which keeps large ranks learning (rsLoRA, Kalajdzievski 2023,
+    arXiv 2312.03732).
+    """
+
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    """Other ranks at some sites, by role, site name or the end of a module path: {mlp.down: 16}."""
+
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    """Other values of lora_alpha, in the same way."""
+
+    def default_targets(self, base: Base) -> list[str]:
+        """Queries and values, or the fused projection where there is one, as in peft."""
+        fused = any(site.role == "attn.qkv" for site in base.sites)
+        return ["attn.qkv"] if fused else ["attn.q", "attn.v"]
+
+    def accepts(self, site: Site) -> bool:
+        """Linear sites."""
+        return site.linear
+
+    def chosen(self, base: Base) -> list[Site]:
+        """The sites that the settings name; every key of rank_pattern and alpha_pattern must be one of them."""
+        sites = super().chosen(base)
+        if all(site.role == "head" for site in sites):
+            raise UsageError(
+                "target_modules names only the output layer", "add sites inside the layers, such as attn.q"
+            )
+        for key in [*self.rank_pattern, *self.alpha_pattern]:
+            if not any(matches(key, site) for site in sites):
+                raise UsageError(
+                    f"rank_pattern and alpha_pattern: {key!r} is none of the chosen sites",
+                    nearest(key, sorted({site.role for site in sites})),
+                )
+        return sites
+
+    def part(self, site: Site) -> Part:
+        """A and B for one site."""
+        r = next((rank for key, rank in self.rank_pattern.items() if matches(key, site)), self.r)
+        alpha = next((value for key, value in self.alpha_pattern.items() if matches(key, site)), self.lora_alpha)
+        if not 1 <= r <= min(site.d_in, site.d_out):
+            raise UsageError(f"r: {r} is not from 1 to {min(site.d_in, site.d_out)}, the size of {site.name}")
+        return self.low_rank(site, r, alpha / (math.sqrt(r) if self.use_rslora else r))
+
+    def low_rank(self, site: Site, r: int, scale: float) -> Part:
+        """The part for one site, of this rank and scale."""
+        raise NotImplementedError
+
+    def to_folder(self, adapter: Adapter, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """peft's layout; parts at a slice of a fused projection, which peft does not have, in Graft's own."""
+        if any(site.columns is not None for site, _ in adapter.placed):
+            _, tensors = super().to_folder(adapter, base)
+            return {"peft_type": f"GRAFT_{self.name.upper()}", "r": self.r, "lora_alpha": self.lora_alpha}, tensors
+        sites = [site for site, _ in adapter.placed]
+
+        def by_path(pattern: Mapping[str, Any]) -> dict[str, Any]:
+            return {site.path: value for key, value in pattern.items() for site in sites if matches(key, site)}
+
+        config = {
+            "peft_type": self.peft_type,
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": peft_targets(adapter, base),
+            "rank_pattern": by_path(dict(reversed(self.rank_pattern.items()))),
+            "alpha_pattern": by_path(dict(reversed(self.alpha_pattern.items()))),
+            "bias": "none",
+            "fan_in_fan_out": any(site.linear and not isinstance(site.leave, nn.Linear) for site in sites),
+            "layers_to_transform": None,
+            "init_lora_weights": True,
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+        }
+        tensors = {}
+        for site, part in adapter.placed:
+            path = task_path(adapter, base, site.path)
+            for name, tensor in part.named_parameters():
+                tensors[f"{path}.{name}{'.weight' if name in ('lora_A', 'lora_B') else ''}"] = tensor.detach()
+        return config, tensors
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """peft has one type for LoRA and DoRA."""
+        return super().reads(config) and bool(config.get("use_dora")) == cls.use_dora
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Base, source: str) -> Method:
+        """The method of a folder that peft wrote. Its sites and ranks are those of the tensors: target_modules can be
+        a regular expression.
+        """
+        defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}  # peft's own
+        harmless = {
+            "target_modules", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "exclude_modules",
+            "megatron_core", "qalora_group_size", "rank_pattern", "alpha_pattern", "use_dora",
+        }  # fmt: skip
+        # Other ways to start (pissa, olora, corda, loftq, lora_ga) change the base's weights too.
+        starts = (True, "gaussian", "eva", "orthogonal", "mica")
+        check_peft_config(
+            config, defaults.keys() | harmless, source, neutral={"bias": ("none",), "init_lora_weights": starts}
+        )
+        sites = adapted_sites(config, tensors, "lora_", base, source)
+        settings: dict[str, Any] = {key: config.get(key, default) for key, default in defaults.items()}
+        settings["rank_pattern"] = _by_path(config, "rank_pattern", sites, source)
+        settings["alpha_pattern"] = _by_path(config, "alpha_pattern", sites, source)
+        return cls.parse(settings | {"target_modules": sorted(site.path for site in sites)}, source)
+
+    def load(self, adapter: Adapter, base: Base, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Read peft's names, or Graft's own."""
+        sites = {site.path: site.name for site, _ in adapter.placed if site.columns is None}
+        renamed = {}
+        for name, tensor in tensors.items():
+            path, _, last = base_path(base, name).removesuffix(".weight").rpartition(".")
+            renamed[f"{sites[path]}.{last}" if path in sites else name] = tensor
+        copy_tensors(adapter, renamed, source)
+
+
+def _by_path(config: Mapping[str, Any], pattern: str, sites: list[Site], source: str) -> dict[str, Any]:
+    """rank_pattern or alpha_pattern with the path of each site. A key that is a regular expression, which could run
+    without end, is refused.
+    """
+    found: dict[str, Any] = {}
+    for key, value in (config.get(pattern) or {}).items():
+        plain = key.removeprefix("^")
+        if not all(letter.isalnum() or letter in "._-" for letter in plain):
+            raise DamagedError(
+                f"{source}: {pattern} has the regular expression {key!r}", "spell the paths of the modules there"
+            )
+        for site in sites:
+            if matches(plain, site):
+                found.setdefault(site.path, value)
+    return found
