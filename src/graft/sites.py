@@ -50,6 +50,11 @@ class Site:
         return (self.linear and self.columns is None) or self.role == "embed"
 
     @property
+    def block(self) -> bool:
+        """Whether this is a whole attention or feed-forward block."""
+        return bare(self.role).removeprefix("cross.") in ("attn", "mlp")
+
+    @property
     def key(self) -> str:
         """The name without dots, unique among the sites of one module."""
         return self.name.replace(".", "_")

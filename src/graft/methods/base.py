@@ -161,8 +161,8 @@ class Method(Config):
         """What an adapter folder keeps: every setting but the learning rate."""
         return self.model_dump(mode="json", exclude={"learning_rate"})
 
-    def folded(self) -> "Method":
-        """The method of a saved adapter, where saving drops what only training needs."""
+    def saved_as(self, adapter: Adapter) -> "Method":
+        """The method of the saved adapter, where saving drops what only training needs."""
         return self
 
     def to_folder(self, adapter: Adapter, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -101,8 +101,8 @@ class LowRank(Method):
         raise NotImplementedError
 
     def to_folder(self, adapter: Adapter, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """peft's layout; parts at a slice of a fused projection, which peft does not have, in Graft's own."""
-        if any(site.columns is not None for site, _ in adapter.placed):
+        """peft's layout; methods and parts at a slice of a fused projection that peft does not have in Graft's own."""
+        if self.peft_type.startswith("GRAFT_") or any(site.columns is not None for site, _ in adapter.placed):
             _, tensors = super().to_folder(adapter, base)
             return {"peft_type": f"GRAFT_{self.name.upper()}", "r": self.r, "lora_alpha": self.lora_alpha}, tensors
         sites = [site for site, _ in adapter.placed]
@@ -164,7 +164,8 @@ class LowRank(Method):
         renamed = {}
         for name, tensor in tensors.items():
             path, _, last = base_path(base, name).removesuffix(".weight").rpartition(".")
-            renamed[f"{sites[path]}.{last}" if path in sites else name] = tensor
+            peft = path in sites and last.startswith("lora_")
+            renamed[f"{sites[path]}.{last}" if peft else name] = tensor
         copy_tensors(adapter, renamed, source)
 
 

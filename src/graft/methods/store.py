@@ -36,11 +36,12 @@ machines stay far below, another base or a lost tensor far above."""
 def save(adapter: Adapter, base: Base, folder: Path, card: str = "") -> None:
     """Write an attached adapter to `folder`, whole or not at all, and check what was written."""
     method = method_of(adapter)
+    kept = method.saved_as(adapter)
     config, tensors = method.to_folder(adapter, base)
     head = adapter_head(adapter)
     if head is not None:
         tensors |= _head_tensors(head, method.head_prefix)
-    if head is not None and not _peft_scores_alike(adapter, head, base):
+    if head is not None and not transformers_scores_alike(adapter, head, base):
         config["peft_type"] = f"GRAFT_{method.name.upper()}"  # peft refuses it, rather than giving other scores
     config |= {
         "task_type": "SEQ_CLS" if head is not None else _TASKS[base.family.kind],
@@ -52,7 +53,7 @@ def save(adapter: Adapter, base: Base, folder: Path, card: str = "") -> None:
     }
     about = {
         "graft_version": __version__,
-        "method": {"name": method.name} | method.folded().settings(),
+        "method": {"name": kept.name} | kept.settings(),
         "base": {"name": _public_name(base.name), "fingerprint": base.fingerprint},
         "head": head.description() if head is not None else None,
         "probe": _probe(base, adapter),
@@ -95,7 +96,14 @@ def load(base: Base, folder: Path | str, name: str | None = None) -> Adapter:
     return adapter
 
 
-def _peft_scores_alike(adapter: Adapter, head: TaskHead, base: Base) -> bool:
+def method_class(folder: Path | str) -> type[Method]:
+    """The method of an adapter folder, without its base. Raises `DamagedError` as `load`."""
+    folder = Path(folder)
+    config, about = _read_json(folder / "adapter_config.json"), _read_about(folder / "graft.json")
+    return type(_stated(about, str(folder))) if "method" in about else _reader(config, str(folder))
+
+
+def transformers_scores_alike(adapter: Adapter, head: TaskHead, base: Base) -> bool:
     """Whether transformers' sequence classifier, which peft puts below a head, pools as this adapter does.
 
     It pools in one way for each architecture, T5's has layers that ours has not, and in an encoder it reads the first
@@ -116,20 +124,28 @@ def _method(
     config: dict[str, Any], about: dict[str, Any], tensors: dict[str, Tensor], base: Base, source: str
 ) -> Method:
     if "method" in about:
-        try:
-            return read_method(about["method"], f"{source}/graft.json")
-        except GraftError as error:
-            raise DamagedError(error.message, "it was written by another version of Graft") from None
+        return _stated(about, source)
+    try:
+        return _reader(config, source).from_peft(config, tensors, base, source)
+    except RecipeError as error:
+        raise DamagedError(error.message, "adapter_config.json was altered: save the adapter again") from None
+
+
+def _stated(about: dict[str, Any], source: str) -> Method:
+    try:
+        return read_method(about["method"], f"{source}/graft.json")
+    except GraftError as error:
+        raise DamagedError(error.message, "it was written by another version of Graft") from None
+
+
+def _reader(config: dict[str, Any], source: str) -> type[Method]:
     reader = next((method for method in methods().values() if method.reads(config)), None)
     if reader is None:
         known = sorted({m.peft_type for m in methods().values() if not m.peft_type.startswith("GRAFT_")})
         raise DamagedError(
             f"{source}: peft_type {config.get('peft_type')!r} cannot be read", f"known: {', '.join(known)}"
         )
-    try:
-        return reader.from_peft(config, tensors, base, source)
-    except RecipeError as error:
-        raise DamagedError(error.message, "adapter_config.json was altered: save the adapter again") from None
+    return reader
 
 
 def _head_tensors(head: TaskHead, prefix: str) -> dict[str, Tensor]:

@@ -1,0 +1,41 @@
+"""P-tuning v2: deep prompts without reparameterization, at any depth."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from graft.errors import UsageError
+from graft.methods.attended import Attended
+from graft.model import Base
+from graft.sites import Site
+
+
+class PtuningV2(Attended):
+    """Trained keys and values before those of every layer or of the last ones, never through a network (Liu et al.
+    2021).
+
+    The paper finds that short prompts do for classification, that depth counts, and deep layers more than shallow ones.
+    """
+
+    name: ClassVar[str] = "ptuning_v2"
+    source: ClassVar[str] = "Liu et al. 2021, arXiv 2110.07602"
+
+    last_layers: int | None = Field(default=None, ge=1)
+    """Only the last so many layers; all when left out."""
+
+    def chosen(self, base: Base) -> list[Site]:
+        """The attentions of the chosen layers."""
+        sites = super().chosen(base)
+        if self.last_layers is None:
+            return sites
+        count = len({site.layer for site in base.select("attention")})
+        if self.last_layers > count or self.layers_to_transform is not None:
+            known = f"of {count} layers" if self.last_layers > count else "beside layers_to_transform: give one of them"
+            raise UsageError(f"last_layers: {self.last_layers} {known}")
+        return [site for site in sites if site.layer is not None and site.layer >= count - self.last_layers]
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """peft's prefixes are read as `prefix`."""
+        return False
