@@ -183,6 +183,9 @@ class Trainer:
             guard.saw_gradients()
             rate = float(schedule.get_last_lr()[0])
             optimizer.step()
+            if progress.step == 2:  # what starts at zero hides what is below it from the first step
+                guard.check_moved(progress.step)
+                guard.check_still(progress.step)
             self.method.after_optimizer(self.adapter, progress)
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
@@ -190,9 +193,6 @@ class Trainer:
             result.examples += len(chosen)
             result.seconds += time.perf_counter() - clock
             point = Point(result.steps, result.examples, loss, rate, norm, result.seconds)
-            if result.steps == 2:  # what starts at zero hides what is below it from the first step
-                guard.check_moved(result.steps)
-                guard.check_still(result.steps)
             if result.steps % every == 0 or result.steps == total:
                 point = self._evaluate(validation, result, point, total)
             self._tell(result, point, total)
