@@ -184,8 +184,10 @@ class Trainer:
             rate = float(schedule.get_last_lr()[0])
             optimizer.step()
             if progress.step == 2:  # what starts at zero hides what is below it from the first step
+                paused = time.perf_counter()
                 guard.check_moved(progress.step)
                 guard.check_still(progress.step)
+                clock += time.perf_counter() - paused
             self.method.after_optimizer(self.adapter, progress)
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
