@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from graft.data.load import DataConfig
+from graft.families import FAMILIES
 from graft.methods.base import methods
 from graft.objectives.base import objectives
 from graft.recipe import Recipe
@@ -73,13 +74,37 @@ def methods_page() -> str:
         " [recipes.md](recipes.md) has the settings.",
         "This page is written by `make docs`.",
         "\n".join(lines),
-        "Every method is tested on BERT, RoBERTa, DistilBERT, GPT-2, Llama (grouped queries) and T5: shapes, training, routing by"
-        " row, padding, detaching, saving and merging (`tests/test_methods.py`). LoRA, prefix and prompt tuning equal `peft` to"
-        " 1e-5 in outputs and gradients (`tests/test_peft.py`).",
+        "## The matrix",
+        matrix(),
+        "LoRA, prefix and prompt tuning equal `peft` to 1e-5 in outputs and gradients (`tests/test_peft.py`).",
         "What cannot work is refused: rows of one T5 batch cannot have relative-position tables of their own (full fine-tuning"
         " that is not exclusive, mixed by row), and T5 takes rows padded on the right only.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def matrix() -> str:
+    """How many pairs of a method and an architecture are tested, and which are refused."""
+    reasons = [
+        (name, kind, reason)
+        for name, method in methods().items()
+        for kind, family in FAMILIES.items()
+        if (reason := method.refuses(family)) is not None
+    ]
+    pairs = len(methods()) * len(FAMILIES) - len(reasons)
+    text = (
+        f"{len(methods())} methods on {len(FAMILIES)} architectures: {pairs} pairs, on tiny random models of each. Tested on every"
+        " pair: the shapes and the start; that what trains moves and nothing else does; equal gradients with recomputed activations;"
+        " rows alone and in one batch with all other methods (but for the exception below), padded on either side; stacking; detaching"
+        " bit for bit; saving; merging (BitFit only where linears have biases); and, but for encoders, generating with and without a"
+        " cache (`tests/test_methods.py`). Mistral and Gemma 3 are there with"
+        " sliding windows shorter than the rows, Gemma 3 is its text model (`gemma3_text`)."
+    )
+    if not reasons:
+        return f"{text} No pair is refused."
+    lines = ["| refused method | architecture | reason |", "|---|---|---|"]
+    lines += [f"| `{name}` | {kind} | {reason} |" for name, kind, reason in reasons]
+    return f"{text} Refused before a model is loaded:\n\n" + "\n".join(lines)
 
 
 def kept(name: str) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import bases
@@ -22,12 +23,11 @@ from transformers import (
 )
 
 from graft.methods.base import read_method
-from graft.methods.lora import LoraPart
-from graft.methods.prefix import PrefixPart
 from graft.model import Base
 from graft.parts.attach import attach
 from graft.parts.base import Adapter
 from graft.parts.head import TaskHead, scores
+from graft.parts.prefix import PrefixPart
 
 TOLERANCE = 1e-5
 LABELS = ("a", "b", "c")
@@ -40,6 +40,9 @@ CLASSIFIERS = {
     "roberta": RobertaForSequenceClassification,
     "distilbert": DistilBertForSequenceClassification,
 }
+
+STATES = {"bert": {"states", "pooled"}}
+"""Outputs without a task head; of the other families `states` and `logits`."""
 
 Given = dict[str, Tensor]
 Values = dict[str, Tensor]
@@ -89,9 +92,12 @@ def ours(kind: str, method: Mapping[str, Any], head: bool = False, seed: int = 0
 
 @contextmanager
 def peft_warnings() -> Iterator[None]:
-    """peft reads a deprecated property of transformers when it wraps a model: no other warning is let through."""
+    """peft reads a deprecated property of transformers when it wraps a model, and says of tied embeddings what matters
+    to a merge and of VeRA what was asked for: no other warning is let through."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
+        warnings.filterwarnings("ignore", "Specified to not save vera_A and vera_B", UserWarning)
         yield
 
 
@@ -127,7 +133,7 @@ def wrapped(base: Base, kind: str, config: peft.PeftConfig, head: bool = False) 
 def virtual_tokens(model: peft.PeftModel) -> int:
     """Virtual tokens that peft leaves in its outputs."""
     config = model.peft_config["default"]
-    return config.num_virtual_tokens if config.peft_type == "PROMPT_TUNING" else 0
+    return config.num_virtual_tokens if config.peft_type in ("PROMPT_TUNING", "P_TUNING") else 0
 
 
 # The same tensors in both -------------------------------------------------------------------------
@@ -174,12 +180,15 @@ def pair(kind: str, method: Mapping[str, Any], config: peft.PeftConfig, head: bo
 
 def _weights(base: Base, adapter: Adapter, model: peft.PeftModel) -> Iterator[Match]:
     prefix = f"{base.family.task_prefix}." if adapter.head is not None and base.family.task_prefix else ""
+    if model.active_peft_config.is_prompt_learning:
+        return
     for site, part in adapter.placed:
-        if isinstance(part, LoraPart):
-            layer = model.get_base_model().get_submodule(f"{prefix}{site.path}")
-            for name in ("lora_A", "lora_B"):
-                theirs = layer.get_submodule(f"{name}.default").weight
-                yield Match(f"{site.name}.{name}", (part.get_parameter(name),), theirs)
+        layer = model.get_base_model().get_submodule(f"{prefix}{site.path}")
+        for name, parameter in part.named_parameters():
+            entry = getattr(layer, name)["default"]
+            theirs = entry if isinstance(entry, nn.Parameter) else entry.weight
+            match = Match(f"{site.name}.{name}", (parameter,), theirs)
+            yield replace(match, join=partial(Tensor.reshape, shape=theirs.shape)) if name == "ia3_l" else match
 
 
 def _virtual(adapter: Adapter, model: peft.PeftModel) -> Iterator[Match]:
@@ -188,7 +197,9 @@ def _virtual(adapter: Adapter, model: peft.PeftModel) -> Iterator[Match]:
     encoder = model.prompt_encoder["default"]
     embedding = encoder.embedding.weight
     if adapter.virtual_parts():
-        yield Match("tokens", (adapter.virtual_parts()[0].get_parameter("embedding"),), embedding)
+        for name, parameter in adapter.virtual_parts()[0].named_parameters():
+            theirs = embedding if name == "embedding" else encoder.get_parameter(name)
+            yield Match("tokens" if name == "embedding" else name, (parameter,), theirs)
     elif adapter.shared is None:
         values = tuple(part.get_parameter("values") for part in adapter.parts if isinstance(part, PrefixPart))
         yield Match("prefix", values, embedding, lambda *layers: torch.cat([v.flatten(1) for v in layers], dim=1))

@@ -368,7 +368,7 @@ def test_model_that_is_a_file_or_a_run(graft, recipe, run, tmp_path):
 @pytest.mark.parametrize(
     ("assignments", "what"),
     [
-        (["r=33"], "r: 33 is more than the 32 of layers.0.attn.q"),
+        (["r=33"], "r: 33 is not from 1 to 32, the size of layers.0.attn.q"),
         (["target_modules=[q_prj]"], "'q_prj'"),
         (["target_modules=[attn.q, attn.z]"], "'attn.z'"),
         (["layers_to_transform=[7]"], "layers_to_transform: no layer 7, the base has 0 to 1"),
@@ -599,7 +599,7 @@ def test_methods(graft):
     rows = json.loads(result.out)
     assert [row["method"] for row in rows] == list(methods())
     for row in rows:
-        assert row.keys() == {"method", "function", "sees", "changes", "composition", "merges"}
+        assert row.keys() == {"method", "function", "sees", "changes", "composition", "merges", "served by"}
         assert all(value or value is False for value in row.values())
         assert row["merges"] is methods()[row["method"]].mergeable
     shown = graft("methods").out

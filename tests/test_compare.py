@@ -340,6 +340,12 @@ def read(*given: Any) -> list[Any]:
 def test_labels_say_how_methods_differ():
     assert labels(read("lora", "full")) == ["lora", "full"]
     assert labels(read("lora", {"name": "lora", "r": 16}, "full")) == ["lora r=8", "lora r=16", "full"]
+    linear = {"name": "lora", "target_modules": ["attn.q", "mlp.up"]}
+    assert labels(read("lora", {"name": "lora", "use_rslora": True}, linear)) == [
+        "lora",
+        "lora use_rslora",
+        "lora target_modules=attn.q+mlp.up",
+    ]
     three = read({"name": "lora", "r": 4}, {"name": "lora", "r": 4, "lora_alpha": 8}, "lora")
     assert labels(three) == [
         "lora r=4 lora_alpha=16.0",
@@ -393,12 +399,14 @@ def test_failed_trial_costs_its_row_only(place, tmp_path, ran, capsys, monkeypat
         for number, name in enumerate(["base", "lora r=8 (seed 1)", "lora r=33 (seed 1)", "prompt (seed 1)"])
     ]
     assert len(lines) == 5
-    assert lines[4].startswith("graft: 1 of 4 rows failed: lora r=33: r: 33 is more than the 32 of layers.0.attn.q")
+    assert lines[4].startswith(
+        "graft: 1 of 4 rows failed: lora r=33: r: 33 is not from 1 to 32, the size of layers.0.attn.q"
+    )
     comparison = json.loads(out)
     assert comparison == load(tmp_path / "out" / "comparison.json")
     failed = row(comparison, "lora r=33")
     assert (failed["status"], failed["seeds"], failed["quality"], failed["curve"]) == ("failed", 0, None, [])
-    assert "r: 33 is more than the 32" in failed["cause"]
+    assert "r: 33 is not from 1 to 32" in failed["cause"]
     assert set(failed) == set(row(comparison, "prompt"))
     assert [found["status"] for found in comparison["rows"]] == ["done", "done", "failed", "done"]
     assert {name for verdict in comparison["verdicts"] for name in (verdict["first"], verdict["second"])} == {

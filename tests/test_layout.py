@@ -81,7 +81,7 @@ def test_public_names():
     expected = {
         "Adapter", "Base", "GraftError", "Method", "Objective", "Part", "Recipe", "Route", "__version__", "attach",
         "compare_methods", "decode", "detach", "execute", "hidden_states", "known_methods", "load_adapter", "load_base",
-        "merge_into", "read_method", "read_recipe", "save_adapter", "scores",
+        "merge_into", "merge_run", "read_method", "read_recipe", "save_adapter", "scores",
     }  # fmt: skip
     assert set(dir(graft)) == expected
     for name in expected:

@@ -1,8 +1,6 @@
 """LoRA, prefix and prompt tuning against the installed peft: outputs, loss, gradients, and folders both ways."""
 
-import json
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +8,32 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft_folders import (
+    HEADS,
+    about,
+    add,
+    assert_equal_tensors,
+    assert_refused,
+    check_read_by_graft,
+    check_read_by_peft,
+    cut,
+    drop,
+    from_graft,
+    from_peft,
+    lora_config,
+    pickled,
+    put,
+    read_by_peft,
+    setting,
+    targets,
+    text,
+    weights,
+    write_config,
+    written_by_peft,
+)
 from peft_tools import (
     LABELS,
+    STATES,
     compare,
     difference,
     given,
@@ -20,33 +42,20 @@ from peft_tools import (
     our_values,
     ours,
     pair,
-    peft_rows,
     peft_values,
     peft_warnings,
     same,
     shake,
-    task_of,
     twin,
     wrapped,
 )
-from safetensors.torch import load_file, save_file
 
 from graft.errors import DamagedError
 from graft.methods import store
-from graft.methods.lora import LoraPart
 from graft.parts.attach import detach
+from graft.parts.lowrank import LoraPart
 
 PADDINGS = (None, "right", "left")
-STATES = {"bert": {"states", "pooled"}}
-"""Outputs without a task head; of the other families `states` and `logits`."""
-QUERIES = {
-    "gpt2": ["c_attn"],
-    "bert": ["query", "value"],
-    "roberta": ["query", "value"],
-    "distilbert": ["q_lin", "v_lin"],
-    "t5": ["q", "v"],
-}
-"""peft's names of LoRA's default sites; q_proj and v_proj elsewhere."""
 IGNORED = "Position ids are not supported"
 
 
@@ -109,10 +118,6 @@ LORA: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
 }
 
 
-def lora_config(kind: str, **settings: Any) -> peft.LoraConfig:
-    return peft.LoraConfig(**{"r": 8, "lora_alpha": 16} | settings, fan_in_fan_out=kind == "gpt2")
-
-
 @pytest.mark.parametrize("padded", PADDINGS)
 @pytest.mark.parametrize("case", [case for case in LORA if case != "t5 names"])
 def test_lora(case, padded):
@@ -142,10 +147,6 @@ def test_lora_with_a_task_head(kind, padded):
     found = compare(both, padded)
     assert len(both.matches) == (4 if kind == "gpt2" else 8) + head
     assert found.keys() == {"scores", "loss"} | {f"d {match.name}" for match in both.matches}
-
-
-def targets(kind: str) -> list[str]:
-    return QUERIES.get(kind, ["q_proj", "v_proj"])
 
 
 def test_lora_at_slices_of_a_fused_projection():
@@ -303,62 +304,15 @@ STORED = [
     if not (kind == "t5" and (head or method in ("prefix", "projection"))) and not (kind == "wide" and head)
 ]
 STORED += [("roberta", "lora", True), ("roberta", "prefix", True), ("distilbert", "lora", True)]
-HEADS = {"llama": 1, "gpt2": 1, "bert": 2, "roberta": 4, "distilbert": 4, "t5": 2}
-"""Tensors of a task head."""
 
 
 def stored_ids(case: Any) -> str:
     return {True: "head", False: "bare"}.get(case, case)
 
 
-def from_peft(model: peft.PeftModel, kind: str, head: bool, method: str) -> dict[str, torch.Tensor]:
-    """peft's outputs on rows padded on the right; alone where its classifier would score the padding."""
-    batch = given(kind, head, "right")
-    alone = head and method == "prompt" and kind != "bert"
-    with torch.no_grad():
-        return (peft_rows if alone else peft_values)(model, kind, batch, head)[0]
-
-
-def from_graft(base: Any, kind: str, head: bool) -> dict[str, torch.Tensor]:
-    with torch.no_grad():
-        return our_values(base, next(iter(base.adapters)), given(kind, head, "right"), head)
-
-
-def read_by_peft(folder: Path, base: Any, kind: str, head: bool = False) -> peft.PeftModel:
-    """peft's model of a folder; warnings of missing or unexpected keys are errors."""
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        model = peft.PeftModel.from_pretrained(twin(base, kind, head), str(folder))
-    messages = [str(warning.message) for warning in seen]
-    assert all("is_gradient_checkpointing" in message for message in messages), messages
-    return model.eval()
-
-
 @pytest.mark.parametrize(("kind", "method", "head"), STORED, ids=stored_ids)
 def test_peft_reads_what_graft_wrote(kind, method, head, tmp_path):
-    settings, _ = METHODS[method]
-    base, adapter = ours(kind, settings, head)
-    store.save(adapter, base, tmp_path / "mine")
-    model = read_by_peft(tmp_path / "mine", base, kind, head)
-    assert model.peft_config["default"].task_type == task_of(kind, head)
-    assert model.peft_config["default"].inference_mode
-    found = same(from_graft(base, kind, head), from_peft(model, kind, head, method))
-    assert len(found) == (1 if head else 2)
-    # No tensor was left out on the way: peft writes the same ones again.
-    model.save_pretrained(str(tmp_path / "again"), save_embedding_layers=False)
-    mine, theirs = read_config(tmp_path / "mine"), read_config(tmp_path / "again")
-    for config in (mine, theirs):
-        config["target_modules"] = sorted(config.get("target_modules", ()))
-        config["modules_to_save"] = None if config["modules_to_save"] is None else "the head"  # peft adds its defaults
-    assert {key: theirs.get(key) for key in mine} == mine
-    first, second = tensors(tmp_path / "mine"), tensors(tmp_path / "again")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert len(first) == {"lora": 2 * len(adapter.placed)}.get(method, 1) + (HEADS[kind] if head else 0)
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
+    check_read_by_peft(tmp_path, kind, METHODS[method][0], head, None if method == "lora" else 1)
 
 
 @pytest.mark.parametrize("case", LORA)
@@ -369,7 +323,7 @@ def test_peft_adapts_the_same_modules(case, tmp_path):
     model = read_by_peft(tmp_path / "mine", base, kind)
     assert sorted(model.targeted_module_names) == sorted(site.path for site, _ in adapter.placed)
     assert len(model.targeted_module_names) == modules
-    same(from_graft(base, kind, False), from_peft(model, kind, False, "lora"))
+    same(from_graft(base, kind, False), from_peft(model, kind, False))
 
 
 @pytest.mark.parametrize("modules", [["dense"], ["attn.o"], ["all-linear"]])
@@ -379,7 +333,7 @@ def test_peft_adapts_the_same_modules_below_a_task_model(modules, tmp_path):
     model = read_by_peft(tmp_path / "mine", base, "bert", head=True)
     assert sorted(model.targeted_module_names) == sorted(f"bert.{site.path}" for site, _ in adapter.placed)
     assert len(model.targeted_module_names) == {"dense": 7, "attn.o": 2, "all-linear": 12}[modules[0]]
-    same(from_graft(base, "bert", True), from_peft(model, "bert", True, "lora"))
+    same(from_graft(base, "bert", True), from_peft(model, "bert", True))
 
 
 def test_slices_are_stored_as_graft_has_them(tmp_path):
@@ -397,30 +351,10 @@ def test_slices_are_stored_as_graft_has_them(tmp_path):
 # Folders that peft wrote, read by Graft -----------------------------------------------------------
 
 
-def written_by_peft(
-    folder: Path, kind: str, config: peft.PeftConfig, head: bool = False, **more: Any
-) -> peft.PeftModel:
-    model = wrapped(make(kind), kind, config, head)
-    shake(model)
-    model.save_pretrained(str(folder), save_embedding_layers=False, **more)
-    return model.eval()
-
-
 @pytest.mark.parametrize(("kind", "method", "head"), STORED, ids=stored_ids)
 def test_graft_reads_what_peft_wrote(kind, method, head, tmp_path):
     settings, config = METHODS[method]
-    model = written_by_peft(tmp_path / "theirs", kind, config(kind), head)
-    base = make(kind)
-    adapter = store.load(base, tmp_path / "theirs")
-    assert list(base.adapters) == [adapter.name] == ["theirs"]
-    assert adapter.method.name == settings["name"]
-    assert (adapter.head is not None) == head
-    found = same(from_graft(base, kind, head), from_peft(model, kind, head, method))
-    assert len(found) == (1 if head else 2)
-    # What was read can be written, and read by peft again.
-    store.save(adapter, base, tmp_path / "again")
-    again = read_by_peft(tmp_path / "again", make(kind), kind, head)
-    same(from_peft(again, kind, head, method), from_peft(model, kind, head, method))
+    check_read_by_graft(tmp_path, kind, config(kind), head, settings["name"])
 
 
 @pytest.mark.parametrize("case", LORA)
@@ -432,7 +366,7 @@ def test_graft_adapts_the_same_modules(case, tmp_path):
     assert sorted(site.path for site, _ in adapter.placed) == sorted(model.targeted_module_names)
     assert len(adapter.placed) == modules
     assert adapter.method.lora_alpha == settings.get("lora_alpha", 16)
-    same(from_graft(base, kind, False), from_peft(model, kind, False, "lora"))
+    same(from_graft(base, kind, False), from_peft(model, kind, False))
 
 
 @pytest.mark.parametrize("head", [False, True], ids=["bare", "head"])
@@ -442,7 +376,7 @@ def test_graft_reads_a_lora_on_every_linear_of_bert(head, tmp_path):
     adapter = store.load(base, tmp_path / "theirs")
     assert len(adapter.placed) == 13
     assert "pooler.dense" in {site.path for site, _ in adapter.placed}
-    same(from_graft(base, "bert", head), from_peft(model, "bert", head, "lora"))
+    same(from_graft(base, "bert", head), from_peft(model, "bert", head))
 
 
 HARMLESS: dict[str, dict[str, Any]] = {
@@ -464,7 +398,7 @@ def test_settings_that_change_no_output_are_read(case, tmp_path):
     base = make("llama")
     adapter = store.load(base, tmp_path / "theirs")
     assert len(adapter.placed) == (2 if "layer" in case else 4)
-    same(from_graft(base, "llama", False), from_peft(model, "llama", False, "lora"))
+    same(from_graft(base, "llama", False), from_peft(model, "llama", False))
 
 
 def test_a_prefix_from_zero_is_read(tmp_path):
@@ -472,7 +406,7 @@ def test_a_prefix_from_zero_is_read(tmp_path):
     model = written_by_peft(tmp_path / "theirs", "llama", config)
     base = make("llama")
     store.load(base, tmp_path / "theirs")
-    same(from_graft(base, "llama", False), from_peft(model, "llama", False, "prefix"))
+    same(from_graft(base, "llama", False), from_peft(model, "llama", False))
 
 
 def test_settings_left_out_are_pefts_own(tmp_path):
@@ -482,8 +416,8 @@ def test_settings_left_out_are_pefts_own(tmp_path):
     base = make("llama")
     store.load(base, tmp_path / "theirs")
     short = read_by_peft(tmp_path / "theirs", make("llama"), "llama")
-    same(from_peft(short, "llama", False, "lora"), from_peft(model, "llama", False, "lora"))
-    same(from_graft(base, "llama", False), from_peft(model, "llama", False, "lora"))
+    same(from_peft(short, "llama", False), from_peft(model, "llama", False))
+    same(from_graft(base, "llama", False), from_peft(model, "llama", False))
 
 
 def test_a_folder_of_another_adapter_name(tmp_path):
@@ -498,18 +432,10 @@ def test_a_folder_of_another_adapter_name(tmp_path):
     adapter = store.load(base, tmp_path / "second")
     assert adapter.name == "second"
     assert [site.role for site, _ in adapter.placed] == ["attn.v", "attn.v"]
-    same(from_graft(base, "llama", False), from_peft(model, "llama", False, "lora"))
+    same(from_graft(base, "llama", False), from_peft(model, "llama", False))
 
 
 # Folders that Graft wrote, read by Graft ----------------------------------------------------------
-
-
-def assert_equal_tensors(first: Any, second: Any, count: int) -> None:
-    """The same tensors by name, bit for bit, and `count` of them."""
-    mine, other = first.tensors(), second.tensors()
-    assert mine.keys() == other.keys()
-    assert len(mine) == count
-    assert all(torch.equal(mine[name], other[name]) for name in mine)
 
 
 @pytest.mark.parametrize("head", [False, True], ids=["bare", "head"])
@@ -546,64 +472,6 @@ def test_round_trip_of_virtual_tokens(method, head, tmp_path):
 
 LORA_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 LORA_B = LORA_A.replace("lora_A", "lora_B")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-
-
-def write_config(folder: Path, config: Any) -> None:
-    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-
-
-def setting(key: str, value: Any) -> Callable[[Path], None]:
-    return lambda folder: write_config(folder, read_config(folder) | {key: value})
-
-
-def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        stored = tensors(folder)
-        change(stored)
-        save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-    return damage
-
-
-def about(**entries: Any) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        path = folder / "graft.json"
-        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | entries), encoding="utf-8")
-
-    return damage
-
-
-def text(name: str, content: str) -> Callable[[Path], Any]:
-    return lambda folder: (folder / name).write_text(content, encoding="utf-8")
-
-
-def cut(share: float) -> Callable[[Path], Any]:
-    def damage(folder: Path) -> None:
-        path = folder / "adapter_model.safetensors"
-        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-
-    return damage
-
-
-def pickled(folder: Path) -> None:
-    torch.save(tensors(folder), folder / "adapter_model.bin")
-    (folder / "adapter_model.safetensors").unlink()
-
-
-def drop(*names: str) -> Callable[[Path], None]:
-    return weights(lambda stored: [stored.pop(name) for name in names])
-
-
-def put(name: str, *shape: int) -> Callable[[Path], None]:
-    return weights(lambda stored: stored.update({name: torch.ones(shape)}))
-
-
-def add(name: str, amount: float) -> Callable[[Path], None]:
-    return weights(lambda stored: stored[name].add_(amount))
 
 
 ANY: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
@@ -725,26 +593,6 @@ def test_damaged_folders(origin, case, folders, tmp_path):
     assert_refused(base, folder, said)
 
 
-def assert_refused(base: Any, folder: Path, said: list[str]) -> None:
-    """`DamagedError` that names the folder and says why; the base is as before, and still takes a good adapter."""
-    before = {name: tensor.clone() for name, tensor in base.state().items()}
-    modules = set(base.modules_by_path)
-    with pytest.raises(DamagedError) as caught:
-        store.load(base, folder)
-    assert caught.value.exit_code == 5
-    assert str(folder) in caught.value.message
-    assert caught.value.remedy
-    for part in said:
-        assert any(choice in str(caught.value) for choice in part.split("|")), str(caught.value)
-    assert not base.adapters
-    assert not base.router.order
-    assert {name for name, _ in base.model.named_modules()} == modules
-    assert not any(key.startswith("_graft") for module in base.model.modules() for key in vars(module))
-    assert base.state().keys() == before.keys()
-    assert all(torch.equal(base.state()[name], before[name]) for name in before)
-    assert not any(parameter.requires_grad for parameter in base.model.parameters())
-
-
 @pytest.mark.parametrize("method", ["lora", "prefix", "prompt"])
 def test_an_adapter_of_another_base(method, tmp_path):
     base, adapter = ours("llama", METHODS[method][0])
@@ -834,7 +682,7 @@ def test_a_start_that_changes_the_base_gives_other_outputs(tmp_path):
     assert_refused(base, tmp_path / "theirs", ["init_lora_weights = 'pissa' is not supported"])
     setting("init_lora_weights", True)(tmp_path / "theirs")
     store.load(base, tmp_path / "theirs")
-    mine, theirs = from_graft(base, "llama", False), from_peft(model, "llama", False, "lora")
+    mine, theirs = from_graft(base, "llama", False), from_peft(model, "llama", False)
     assert float((mine["logits"] - theirs["logits"]).abs().max()) > 1e-2
 
 

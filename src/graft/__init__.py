@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from graft.compare import compare as compare_methods
     from graft.errors import GraftError as GraftError
     from graft.generate import generate as decode
+    from graft.merge import merge_run as merge_run
     from graft.methods.base import Method as Method
     from graft.methods.base import methods as known_methods
     from graft.methods.base import read_method as read_method
@@ -51,6 +52,7 @@ _HOMES = {
     "load_adapter": ("graft.methods.store", "load"),
     "load_base": ("graft.model", "load_base"),
     "merge_into": ("graft.parts.attach", "merge_into"),
+    "merge_run": ("graft.merge", "merge_run"),
     "read_method": ("graft.methods.base", "read_method"),
     "read_recipe": ("graft.recipe", "read_recipe"),
     "save_adapter": ("graft.methods.store", "save"),

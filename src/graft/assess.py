@@ -9,9 +9,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from graft.data.load import Row, Splits, read_all, read_rows, subset
-from graft.errors import DataError
+from graft.errors import DataError, NotMergeable
 from graft.evaluate import nearest_centroid, retrieval_probe
 from graft.measure import median_ms
+from graft.methods.base import method_of
 from graft.model import Base
 from graft.objectives.base import Example
 from graft.objectives.classify import collate
@@ -48,6 +49,7 @@ class Assessor:
                 examples = self.examples(base, transfer_rows(self.recipe, self.splits.labels, name))
                 transfer[name] = self.recipe.objective.evaluate(base, examples, adapter.name, size).quality
         figures = {"correct": tested.correct, "probes": probes, "transfer": transfer}
+        figures["by_rank"] = by_rank(adapter, lambda: self._quality(base, adapter.name))
         return figures | self._latencies(base, adapter, mergeable)
 
     def untouched(self, base: Base) -> dict[str, Any]:
@@ -78,6 +80,13 @@ class Assessor:
         with self.accelerator.autocast():
             return scores(base, collate(base, examples), name).float()
 
+    def _quality(self, base: Base, name: str) -> float:
+        self.watch("evaluating at each rank", 0.9)
+        size = self.recipe.training.per_device_eval_batch_size
+        with self.accelerator.autocast():
+            examples = self.examples(base, self.splits.test)
+            return self.recipe.objective.evaluate(base, examples, name, size).quality
+
     def _probes(self, base: Base, entry: str | None) -> dict[str, float]:
         probes: dict[str, float] = {}
         for name in self.recipe.forgetting:
@@ -96,9 +105,13 @@ class Assessor:
         examples = self.examples(base, self.splits.test[:_LATENCY_ROWS])
         attached = self._latency(base, head, examples, adapter.name)
         before = self.logits(base, examples[:8], adapter.name)
+        unmerged = {"latency_ms": attached, "merged_latency_ms": None, "merged_difference": None}
         if not mergeable:
-            return {"latency_ms": attached, "merged_latency_ms": None, "merged_difference": None}
-        merge_into(base, adapter.name)
+            return unmerged
+        try:
+            merge_into(base, adapter.name)
+        except NotMergeable:  # a method whose settings decide it
+            return unmerged
         with torch.no_grad(), self.accelerator.autocast():
             after = head(pool(base.hidden(collate(base, examples[:8])), head.pooling)).float()
         return {
@@ -119,6 +132,15 @@ class Assessor:
                     torch.cuda.synchronize()
 
         return median_ms(call, len(batches))
+
+
+def by_rank(adapter: Adapter, quality: Callable[[], float]) -> dict[str, float]:
+    """`quality()` at each rank that the adapter can be used at, empty for most methods. It ends at its largest rank."""
+    found: dict[str, float] = {}
+    for rank in method_of(adapter).ranks():
+        method_of(adapter).use_rank(adapter, rank)
+        found[str(rank)] = quality()
+    return found
 
 
 def check_probes(recipe: Recipe, labels: tuple[str, ...]) -> None:

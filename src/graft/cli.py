@@ -171,6 +171,27 @@ def evaluate(
 
 
 @app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="A run folder, or an adapter folder together with --model.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write; it must be empty.")],
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="Of a method that has ranks; the highest by default.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="fp32, bf16 or fp16; that of the base when left out.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="The base, if not as the run says.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write an adapter into its base: a model folder of transformers, read again and compared."""
+    from graft.merge import merge_run, merged_lines
+
+    with _run_bar(as_json) as bar:
+        result = merge_run(run, output, rank=rank, dtype=dtype, model=model, watch=bar)
+    typer.echo(json.dumps(result, indent=2) if as_json else "\n".join(merged_lines(result)))
+
+
+@app.command()
 def runs(
     folder: Annotated[Path, typer.Argument(help="Where the runs are.")] = Path("runs"), as_json: Json = False
 ) -> None:
@@ -209,20 +230,23 @@ def methods(
         return
     from rich.table import Table
 
-    table = Table(box=None, header_style="bold", show_edge=False, padding=(0, 1, 1, 0))
-    for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="right" if name == "parameters" else "left", overflow="fold")
-    for row in rows:
-        table.add_row(
-            *(
-                f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else _plain(value)
-                for value in row.values()
-            )
-        )
-    _console().print(table)
+    console = _console()
+    columns = [name for name in rows[0] if name != "method"]
+    # Two tables under each other fit 80 columns; one beside the other needs twice as many.
+    for block in [columns] if console.width >= 150 else [columns[:3], columns[3:]]:
+        table = Table(box=None, header_style="bold", show_edge=False, padding=(0, 2, 0, 0))
+        for name in ("method", *block):
+            table.add_column(name, justify="right" if name == "parameters" else "left", overflow="fold")
+        for row in rows:
+            table.add_row(row["method"], *(_plain(row[name]) for name in block))
+        console.print(table)
+        console.print()
+    console.print("A method that merges can be made part of the base: the result runs wherever the base does.")
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
     return {True: "yes", False: "no", None: ""}.get(value, str(value)) if not isinstance(value, str) else value
 
 

@@ -57,11 +57,18 @@ def labels(methods: Sequence[Method]) -> list[str]:
         same = [other for other in methods if other.name == method.name]
         given = method.model_dump(mode="json")
         told = [key for key in given if any(other.model_dump(mode="json")[key] != given[key] for other in same)]
-        result.append(" ".join([method.name, *(f"{key}={given[key]}" for key in told)]))
+        result.append(" ".join([method.name, *(_told(key, given[key]) for key in told if given[key])]))
     twice = next((label for label in result if result.count(label) > 1), None)
     if twice:
         raise RecipeError(f"methods: {twice!r} stands twice with the same settings")
     return result
+
+
+def _told(key: str, value: Any) -> str:
+    """One setting in a label. Those that are off or left out are not told."""
+    if value is True:
+        return key
+    return f"{key}={'+'.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def trials(recipe: Recipe, folder: Path) -> list[Trial]:
@@ -262,7 +269,7 @@ _WHOLE = ("trainable_parameters", "peak_memory_bytes", "adapter_bytes")
 
 
 def _nothing() -> dict[str, Any]:
-    return dict.fromkeys(_FIGURES) | {"forgetting": {}, "transfer": {}, "curve": []}
+    return dict.fromkeys(_FIGURES) | {"forgetting": {}, "transfer": {}, "by_rank": {}, "curve": []}
 
 
 def _row(
@@ -274,6 +281,7 @@ def _row(
 ) -> dict[str, Any]:
     measured = interval(correct)
     figures = {name: _mean([report.get(name) for report in reports]) for name in _FIGURES[3:]}
+    by_rank = {rank: _mean([report["by_rank"][rank] for report in reports]) for rank in reports[0].get("by_rank", {})}
     forgetting = {
         name: 100 * (base["probes"][name] - value)
         for name in recipe.forgetting
@@ -288,6 +296,7 @@ def _row(
         "quality": measured.mean,
         "quality_low": measured.low,
         "quality_high": measured.high,
+        "by_rank": by_rank,
         **figures,
         **{name: round(value) for name in _WHOLE if (value := figures[name]) is not None},
         "forgetting": forgetting,

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from graft.errors import ResourceError
 
 
@@ -46,6 +48,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
             os.chmod(work, 0o755)
             for file in sorted(work.rglob("*")):
                 if file.is_file():
+                    os.chmod(file, 0o644)  # safetensors writes files that only their owner reads
                     _flush(file)
             if path.exists():
                 old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
@@ -64,9 +67,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk, as safetensors tells it
         raise ResourceError(
-            f"{path} cannot be written ({error.strerror or error})", "free space or choose another place"
+            f"{path} cannot be written ({getattr(error, 'strerror', None) or error})",
+            "free space or choose another place",
         ) from None
 
 

@@ -134,6 +134,9 @@ class Base:
         # transformers renames this in v6, and warns of the old name from 5.20 on.
         enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
         enable({"use_reentrant": False, "context_fn": self.router.checkpoint_contexts})
+        # It also makes embeddings ask for a gradient, which only reentrant recomputation needs: layers below all that
+        # trains would run again for nothing.
+        self.model.disable_input_require_grads()
 
     def hidden(self, batch: Mapping[str, Tensor]) -> Hidden:
         """Hidden states of the current route for `input_ids` [B, S] and `attention_mask` [B, S].
@@ -250,8 +253,9 @@ def _load(name: str, source: str, dtype: torch.dtype) -> Base:
 
     config = attempt("config", lambda: AutoConfig.from_pretrained(source, trust_remote_code=False))
     if config.model_type not in FAMILIES:
+        inner = getattr(getattr(config, "text_config", None), "model_type", None)
         raise ModelError(
-            f"{name}: architecture {config.model_type!r} is not known", nearest(config.model_type, FAMILIES)
+            f"{name}: architecture {config.model_type!r} is not known", _instead_of(config.model_type, inner)
         )
     kind = FAMILIES[config.model_type].kind
     factory = {
@@ -260,12 +264,15 @@ def _load(name: str, source: str, dtype: torch.dtype) -> Base:
         "encoder-decoder": AutoModelForSeq2SeqLM,
     }[kind]
     tokenizer = attempt("tokenizer", lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=False))
-    model, report = attempt(
-        "weights",
-        lambda: factory.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        ),
-    )
+
+    def weights() -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # a pooler that the checkpoint does not have starts alike, and so has one fingerprint
+            return factory.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
+
+    model, report = attempt("weights", weights)
     missing = tuple(sorted(report["missing_keys"]))
     unusable = [key for key in missing if "pooler" not in key]
     if unusable:
@@ -273,15 +280,33 @@ def _load(name: str, source: str, dtype: torch.dtype) -> Base:
             f"{name}: {len(unusable)} tensors are missing from the weights, first {unusable[0]!r}",
             "fetch the model again",
         )
-    words, vectors = len(tokenizer), len(model.get_input_embeddings().weight)
-    if words > vectors:
+    vectors = len(model.get_input_embeddings().weight)
+    if _has_words_beyond(tokenizer, vectors):
         raise ModelError(
-            f"{name}: the tokenizer has {words} tokens, the model embeddings for {vectors}",
+            f"{name}: the tokenizer has {len(tokenizer)} tokens, the model embeddings for {vectors}",
             "take the tokenizer that belongs to the model",
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Base(model.eval(), tokenizer, name, fresh=missing)
+
+
+def _has_words_beyond(tokenizer: PreTrainedTokenizerBase, vectors: int) -> bool:
+    """Whether tokens have no embedding. Special ones that plain text does not get are let pass: the tokenizers of
+    Gemma 3's text models know a token of images, of which these models have no embedding.
+    """
+    if len(tokenizer) <= vectors:
+        return False
+    added = {tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer("")["input_ids"]}
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special} - added
+    return any(index >= vectors and index not in special for index in tokenizer.get_vocab().values())
+
+
+def _instead_of(kind: Any, inner: Any) -> str:
+    """What to do about an unknown architecture; `inner` is that of its text model, if it has one inside."""
+    if isinstance(inner, str) and inner in FAMILIES:
+        return f"it reads more than text, and Graft only texts: give a {inner} model"
+    return nearest(str(kind), FAMILIES)
 
 
 def locate(name: str) -> str:
@@ -310,13 +335,15 @@ def _checked_folder(name: str, path: Path) -> str:
     if not config.is_file():
         raise ModelError(f"{name}: config.json is missing", "a model folder holds config.json, weights and a tokenizer")
     try:
-        kind = dict(json.loads(config.read_text(encoding="utf-8"))).get("model_type")
+        written = dict(json.loads(config.read_text(encoding="utf-8")))
     except (ValueError, TypeError, OSError) as error:
         raise DamagedError(
             f"{name}: config.json cannot be read ({_first_line(error)})", "fetch the model again"
         ) from None
+    kind, inner = written.get("model_type"), written.get("text_config")
     if kind not in FAMILIES:
-        raise ModelError(f"{name}: model_type {kind!r} in config.json is not known", nearest(str(kind), FAMILIES))
+        inner = inner.get("model_type") if isinstance(inner, dict) else None
+        raise ModelError(f"{name}: model_type {kind!r} in config.json is not known", _instead_of(kind, inner))
     if not any(path.glob("*.safetensors")):
         pickled = any(path.glob("*.bin"))
         remedy = (

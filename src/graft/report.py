@@ -237,7 +237,7 @@ def summary(comparison: Mapping[str, Any]) -> list[str]:
     ps = [verdict["p"] for verdict in against.values() if verdict.get("outcome") == "tie"]
     behind = [label for label, verdict in against.items() if verdict.get("outcome") == "better"]
     leaders = [best, *(row for row in rows if against.get(row["label"], {}).get("outcome") == "tie")]
-    said = [*_leading(leaders, ps, behind), *_cheapest(leaders), *_forgetting(rows)]
+    said = [*_leading(leaders, ps, behind), *_cheapest(leaders), *_forgetting(rows), *_ranks(rows)]
     return [*map(one_line, said), *_failures(comparison["rows"])]
 
 
@@ -280,6 +280,16 @@ def _forgetting(rows: list[Row]) -> list[str]:
     if points < 0.05:
         return ["No method lost quality on a probe."]
     return [f"{label} forgot most: {as_points(points)} points on {probe}."]
+
+
+def _ranks(rows: list[Row]) -> list[str]:
+    """One training, many ranks: the quality at each."""
+    said = []
+    for row in rows:
+        if row.get("by_rank"):
+            at = ", ".join(f"{rank}: {as_percent(quality)} %" for rank, quality in row["by_rank"].items())
+            said.append(f"{row['label']}, quality by rank from one training: {at}.")
+    return said
 
 
 def _failures(rows: Sequence[Row]) -> list[str]:

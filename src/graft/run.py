@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from graft.assess import Assessor, check_probes
+from graft.assess import Assessor, by_rank, check_probes
 from graft.data.load import Row, Splits, load_splits, read_rows
 from graft.errors import DamagedError, RecipeError, UsageError
 from graft.files import folder_bytes, write_json
@@ -149,6 +149,11 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
     run.watch("saving the adapter", _TRAINED)
     saved = run.folder.path / "adapter"
     store.save(adapter, base, saved)
+    unserved = store.not_in_vllm(adapter)
+    if unserved:
+        run.say(f"vLLM cannot serve the adapter: {unserved}")
+        if base.family.kind == "decoder":
+            say(f"vLLM cannot serve the adapter: {unserved}")
     assessor = Assessor(
         run.recipe,
         run.splits,
@@ -258,7 +263,7 @@ def _measure_base(run: _Run) -> dict[str, Any]:
     _record_environment(run, base)
     figures = Assessor(run.recipe, run.splits, run.accelerator, run.watch).untouched(base)
     costs = dict.fromkeys(("peak_memory_bytes", "train_seconds", "examples_per_second", "learning_rate"))
-    nothing = {"trainable_parameters": 0, "trainable_fraction": 0.0, "adapter_bytes": 0, "curve": []}
+    nothing = {"trainable_parameters": 0, "trainable_fraction": 0.0, "adapter_bytes": 0, "curve": [], "by_rank": {}}
     return _quality(run, figures) | {"method": "base"} | costs | nothing
 
 
@@ -286,10 +291,12 @@ def evaluate_run(path: Path, data: str | None = None, watch: Watch | None = None
     rows = splits.test if data is None else read_rows(data, recipe.data.columns, need_label=True)
     accelerator, precision = _prepare(recipe)
     base = load_for(recipe, precision, accelerator.device)
-    store.load(base, found.path / "adapter", ADAPTER)
+    adapter = store.load(base, found.path / "adapter", ADAPTER)
     examples = recipe.objective.examples(rows, base, splits.labels, recipe.data.max_length)
+    size = recipe.training.per_device_eval_batch_size
     with accelerator.autocast():
-        result = recipe.objective.evaluate(base, examples, ADAPTER, recipe.training.per_device_eval_batch_size, watch)
+        result = recipe.objective.evaluate(base, examples, ADAPTER, size, watch)
+        ranks = by_rank(adapter, lambda: recipe.objective.evaluate(base, examples, ADAPTER, size).quality)
     measured = interval([result.correct])
     return {
         "run": str(path),
@@ -300,4 +307,5 @@ def evaluate_run(path: Path, data: str | None = None, watch: Watch | None = None
         "quality_low": measured.low,
         "quality_high": measured.high,
         "loss": result.loss,
+        "by_rank": ranks,
     }

@@ -29,7 +29,7 @@ class Attended(Method):
 
     aliases: ClassVar[dict[str, str]] = Method.aliases | {"prefix_length": "num_virtual_tokens"}
 
-    num_virtual_tokens: int = Field(default=20, ge=1)
+    num_virtual_tokens: int = Field(default=20, ge=1, le=65536)
     """How many keys and values are put before a layer's own."""
 
     init_std: float = Field(default=0.02, ge=0, le=10)

@@ -48,6 +48,8 @@ class Method(Config):
     peft_type: ClassVar[str]
     """The type in `adapter_config.json`; GRAFT_… where peft has no such method."""
     mergeable: ClassVar[bool] = False
+    in_vllm: ClassVar[bool] = False
+    """Whether vLLM serves its folders: plain LoRA of rank 16 or less without a task head."""
     starts_as_base: ClassVar[bool] = True
     """Whether an untrained adapter computes exactly what the base computes."""
     small: ClassVar[Mapping[str, Any]] = {}
@@ -82,6 +84,13 @@ class Method(Config):
     def in_place(self) -> bool:
         """Whether the base's own tensors train."""
         return False
+
+    @property
+    def steps_to_move(self) -> int:
+        """Optimizer steps after which every trainable tensor must have moved: what starts at zero hides what is below
+        it from the first one.
+        """
+        return 2
 
     def build(self, base: Base, name: str) -> Adapter:
         """A new adapter for `base`, not attached yet. The default puts `part(site)` at each chosen site."""

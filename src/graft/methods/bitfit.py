@@ -39,7 +39,7 @@ class Bitfit(Method):
     """The biases of linears and normalizations, added where a linear has none (Ben Zaken et al. 2021).
 
     The biases of keys are left out where positions are not rotary: they add the same to every score of a query, which
-    the softmax takes out again, so they have no gradient but rounding.
+    the softmax takes out again, so they have no gradient but rounding. In a fused projection they stay, without effect.
     """
 
     name: ClassVar[str] = "bitfit"

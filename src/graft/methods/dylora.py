@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graft.errors import UsageError
 from graft.methods.base import Bypass, Method, Progress, method_of, read_method
 from graft.methods.lowrank import LowRank
 from graft.model import Base
@@ -80,7 +81,14 @@ class Dylora(LowRank):
     """
 
     rank_pattern: dict[str, int] = Field(default_factory=dict)
-    """Other largest ranks at some sites; a rank above a site's own uses all of it."""
+    """Smaller largest ranks at some sites; a rank above a site's own uses all of it."""
+
+    @property
+    def steps_to_move(self) -> int:
+        """With `frozen` a row of A has a gradient from the second time on that its rank is drawn: after r + 1 steps
+        that has happened to one.
+        """
+        return self.r + 1 if self.frozen else super().steps_to_move
 
     def build(self, base: Base, name: str) -> Adapter:
         """Parts that share one rank."""
@@ -92,6 +100,8 @@ class Dylora(LowRank):
 
     def low_rank(self, site: Site, r: int, scale: float) -> Part:
         """A and B for one site."""
+        if r > self.r:
+            raise UsageError(f"rank_pattern: {r} is above r, {self.r}: no step would draw the ranks between them")
         return DyloraPart(site, r, scale, self.lora_dropout, 0.5 if self.use_rslora else 1.0, self.frozen)
 
     def before_step(self, adapter: Adapter, progress: Progress) -> None:
@@ -109,15 +119,12 @@ class Dylora(LowRank):
 
     def saved_as(self, adapter: Adapter) -> Method:
         """LoRA, once a rank is chosen."""
-        rank = _rank(adapter).chosen
+        rank, spelled = _rank(adapter).chosen, self.spelled_out(adapter)
         if rank is None:
-            return self
-        ranks = {key: min(rank, value) for key, value in self.rank_pattern.items()}
-        return read_method({"name": "lora", **self.settings_of_lora(), "r": rank, "rank_pattern": ranks})
-
-    def settings_of_lora(self) -> dict[str, Any]:
-        """The settings that LoRA has too."""
-        return {key: value for key, value in self.settings().items() if key != "frozen"}
+            return spelled
+        settings = {key: value for key, value in spelled.settings().items() if key != "frozen"}
+        ranks = {key: min(rank, value) for key, value in spelled.rank_pattern.items()}
+        return read_method({"name": "lora", **settings, "r": rank, "rank_pattern": ranks})
 
     def to_folder(self, adapter: Adapter, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The layout of LoRA once a rank is chosen, Graft's own otherwise."""

@@ -22,6 +22,14 @@ def copy_tensors(adapter: Adapter, tensors: Mapping[str, Tensor], source: str, p
         for name, tensor in adapter.named_tensors(head=False)
         if not prefixes or name.startswith(tuple(prefixes))
     }
+    check_tensors(own, tensors, source)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def check_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors that are missing, extra or misshapen beside an adapter's own, counted and named."""
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     shapes = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
     if missing or extra or shapes:
@@ -37,9 +45,6 @@ def copy_tensors(adapter: Adapter, tensors: Mapping[str, Tensor], source: str, p
             f"{source}: of {len(own)} tensors " + ", ".join(faults),
             "the adapter was made for another base or settings",
         )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
 
 
 def task_path(adapter: Adapter, base: Base, path: str) -> str:
@@ -69,6 +74,26 @@ def peft_targets(adapter: Adapter, base: Base) -> list[str]:
     if matched == paths:
         return ends
     return sorted(task_path(adapter, base, path).removeprefix("base_model.model.") for path in paths)
+
+
+def without_base_layers(tensors: Mapping[str, Tensor], base: Base, source: str) -> dict[str, Tensor]:
+    """Tensors without the base's own weights, `<module path>.base_layer.weight`, that peft stores beside an adapter at
+    the embeddings or the output layer. Refused where they differ from the base's.
+    """
+    state, own, other = base.state(), {}, []
+    for name, tensor in tensors.items():
+        path, found, last = base_path(base, name).rpartition(".base_layer.")
+        weight = state.get(f"{path}.{last}") if found else None
+        if weight is None:
+            own[name] = tensor
+        elif tensor.shape != weight.shape or not torch.equal(tensor.to(weight), weight):
+            other.append(name)
+    if other:
+        raise DamagedError(
+            f"{source}: {len(other)} stored tensors of the base differ from those of {base.name} (first {other[0]})",
+            "load the base that it was trained on",
+        )
+    return own
 
 
 def adapted_sites(

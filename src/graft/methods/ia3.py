@@ -14,7 +14,6 @@ from graft.methods.folder import (
     base_path,
     check_peft_config,
     copy_tensors,
-    peft_targets,
     task_path,
 )
 from graft.model import Base
@@ -109,12 +108,15 @@ class Ia3(Method):
         """peft's layout: `ia3_l` [d_out, 1] or [1, d_in]; parts at a slice of a fused projection in Graft's own."""
         if any(site.columns is not None for site, _ in adapter.placed):
             return {"peft_type": "GRAFT_IA3"}, super().to_folder(adapter, base)[1]
-        inputs = [site for site, part in adapter.placed if isinstance(part, ScaledInput)]
+        paths = {site: task_path(adapter, base, site.path) for site, _ in adapter.placed}
+        names = {site: path.removeprefix("base_model.model.") for site, path in paths.items()}
         config = {
             "peft_type": self.peft_type,
-            "target_modules": peft_targets(adapter, base),
+            # Whole paths: peft wants the second list to be a part of the first, and compares ends of paths there
+            # without their dots.
+            "target_modules": sorted(names.values()),
             "feedforward_modules": sorted(
-                task_path(adapter, base, site.path).removeprefix("base_model.model.") for site in inputs
+                names[site] for site, part in adapter.placed if isinstance(part, ScaledInput)
             ),
             "exclude_modules": None,
             "fan_in_fan_out": any(not isinstance(site.leave, nn.Linear) for site, _ in adapter.placed),
@@ -124,7 +126,7 @@ class Ia3(Method):
         for site, part in adapter.placed:
             scale = part.get_parameter("ia3_l").detach()
             shaped = scale[None, :] if isinstance(part, ScaledInput) else scale[:, None]
-            tensors[f"{task_path(adapter, base, site.path)}.ia3_l"] = shaped
+            tensors[f"{paths[site]}.ia3_l"] = shaped
         return config, tensors
 
     @classmethod
@@ -138,7 +140,7 @@ class Ia3(Method):
             for name, tensor in tensors.items()
             if name.endswith(".ia3_l")
         }
-        inputs = [site.path for site in sites if shapes[site.path] == (1, site.d_in) != (site.d_out, 1)]
+        inputs = [site.path for site in sites if shapes.get(site.path) == (1, site.d_in) != (site.d_out, 1)]
         return cls.parse(
             {"target_modules": sorted(site.path for site in sites), "feedforward_modules": sorted(inputs)}, source
         )

@@ -26,6 +26,8 @@ class ShiftedGroups(Part):
     puts its first and last tokens into one group: a leak of the future.)
     """
 
+    cuts_rows: ClassVar[bool] = True
+
     def __init__(self, site: Site, group_size: int | None, ratio: float, first: bool) -> None:
         super().__init__()
         self.kv_heads = site.kv_heads

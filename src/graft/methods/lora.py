@@ -17,6 +17,7 @@ class Lora(LowRank):
     unified: ClassVar[Bypass] = Bypass("x Wd Wu", "site input (parallel)", "chosen linears", "h + s·Δh")
     peft_type: ClassVar[str] = "LORA"
     mergeable: ClassVar[bool] = True
+    in_vllm: ClassVar[bool] = True
 
     def accepts(self, site: Site) -> bool:
         """Linear sites, and the embedding table."""

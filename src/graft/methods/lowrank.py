@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -76,6 +76,8 @@ class LowRank(Method):
     def chosen(self, base: Base) -> list[Site]:
         """The sites that the settings name; every key of rank_pattern and alpha_pattern must be one of them."""
         sites = super().chosen(base)
+        if base.family.kind == "encoder-decoder" and any(site.role == "embed" for site in sites):
+            raise UsageError(f"the encoder and the decoder of {base.name} share their embeddings", "name other sites")
         if all(site.role == "head" for site in sites):
             raise UsageError(
                 "target_modules names only the output layer", "add sites inside the layers, such as attn.q"
@@ -90,34 +92,48 @@ class LowRank(Method):
 
     def part(self, site: Site) -> Part:
         """A and B for one site."""
-        r = next((rank for key, rank in self.rank_pattern.items() if matches(key, site)), self.r)
-        alpha = next((value for key, value in self.alpha_pattern.items() if matches(key, site)), self.lora_alpha)
-        if not 1 <= r <= min(site.d_in, site.d_out):
-            raise UsageError(f"r: {r} is not from 1 to {min(site.d_in, site.d_out)}, the size of {site.name}")
+        r = self.rank_pattern.get(_key(self.rank_pattern, site), self.r)
+        alpha = self.alpha_pattern.get(_key(self.alpha_pattern, site), self.lora_alpha)
+        largest = max(site.d_in, site.d_out)  # more than the smaller size is of no use, but peft's users have it
+        if not 1 <= r <= largest:
+            raise UsageError(f"r: {r} is not from 1 to {largest}, the size of {site.name}")
         return self.low_rank(site, r, alpha / (math.sqrt(r) if self.use_rslora else r))
 
     def low_rank(self, site: Site, r: int, scale: float) -> Part:
         """The part for one site, of this rank and scale."""
         raise NotImplementedError
 
+    def saved_as(self, adapter: Adapter) -> Method:
+        """With rank_pattern and alpha_pattern by the name of each site."""
+        return self.spelled_out(adapter)
+
+    def spelled_out(self, adapter: Adapter) -> Self:
+        """Itself with rank_pattern and alpha_pattern by the name of each site: the first key that fits a site counts,
+        and JSON files do not keep the order of keys.
+        """
+        sites = [site for site, _ in adapter.placed]
+        return self.model_copy(
+            update={
+                name: {site.name: pattern[key] for site in sites if (key := _key(pattern, site)) in pattern}
+                for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern))
+            }
+        )
+
     def to_folder(self, adapter: Adapter, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """peft's layout; methods and parts at a slice of a fused projection that peft does not have in Graft's own."""
-        if self.peft_type.startswith("GRAFT_") or any(site.columns is not None for site, _ in adapter.placed):
+        """peft's layout; methods and parts at a site that peft does not have in Graft's own."""
+        if self.peft_type.startswith("GRAFT_") or not all(_in_peft(site, base) for site, _ in adapter.placed):
             _, tensors = super().to_folder(adapter, base)
             return {"peft_type": f"GRAFT_{self.name.upper()}", "r": self.r, "lora_alpha": self.lora_alpha}, tensors
         sites = [site for site, _ in adapter.placed]
-
-        def by_path(pattern: Mapping[str, Any]) -> dict[str, Any]:
-            return {site.path: value for key, value in pattern.items() for site in sites if matches(key, site)}
-
+        spelled, paths = self.spelled_out(adapter), {site.name: site.path for site in sites}
         config = {
             "peft_type": self.peft_type,
             "r": self.r,
             "lora_alpha": self.lora_alpha,
             "lora_dropout": self.lora_dropout,
             "target_modules": peft_targets(adapter, base),
-            "rank_pattern": by_path(dict(reversed(self.rank_pattern.items()))),
-            "alpha_pattern": by_path(dict(reversed(self.alpha_pattern.items()))),
+            "rank_pattern": {paths[name]: rank for name, rank in spelled.rank_pattern.items()},
+            "alpha_pattern": {paths[name]: alpha for name, alpha in spelled.alpha_pattern.items()},
             "bias": "none",
             "fan_in_fan_out": any(site.linear and not isinstance(site.leave, nn.Linear) for site in sites),
             "layers_to_transform": None,
@@ -153,9 +169,14 @@ class LowRank(Method):
             config, defaults.keys() | harmless, source, neutral={"bias": ("none",), "init_lora_weights": starts}
         )
         sites = adapted_sites(config, tensors, "lora_", base, source)
+        unused = [site.path for site in sites if not _in_peft(site, base)]
+        if unused:
+            raise DamagedError(
+                f"{source}: peft's LoRA at {unused[0]} changes nothing", "leave it out of target_modules"
+            )
         settings: dict[str, Any] = {key: config.get(key, default) for key, default in defaults.items()}
-        settings["rank_pattern"] = _by_path(config, "rank_pattern", sites, source)
-        settings["alpha_pattern"] = _by_path(config, "alpha_pattern", sites, source)
+        settings["rank_pattern"] = _by_path(config, "rank_pattern", base, sites, source)
+        settings["alpha_pattern"] = _by_path(config, "alpha_pattern", base, sites, source)
         return cls.parse(settings | {"target_modules": sorted(site.path for site in sites)}, source)
 
     def load(self, adapter: Adapter, base: Base, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -169,18 +190,33 @@ class LowRank(Method):
         copy_tensors(adapter, renamed, source)
 
 
-def _by_path(config: Mapping[str, Any], pattern: str, sites: list[Site], source: str) -> dict[str, Any]:
+def _key(pattern: Mapping[str, Any], site: Site) -> str:
+    """The first key of rank_pattern or alpha_pattern that fits a site; the empty string when there is none."""
+    return next((key for key in pattern if matches(key, site)), "")
+
+
+def _in_peft(site: Site, base: Base) -> bool:
+    """Whether peft's LoRA at a site does what Graft's does. It has none at a slice of a fused projection, and one at
+    the embeddings that T5's encoder and decoder share replaces a module that neither of them calls.
+    """
+    return site.columns is None and not (site.role == "embed" and base.family.kind == "encoder-decoder")
+
+
+def _by_path(config: Mapping[str, Any], pattern: str, base: Base, sites: list[Site], source: str) -> dict[str, Any]:
     """rank_pattern or alpha_pattern with the path of each site. A key that is a regular expression, which could run
     without end, is refused.
     """
     found: dict[str, Any] = {}
-    for key, value in (config.get(pattern) or {}).items():
+    given = config.get(pattern) or {}
+    if not isinstance(given, dict):
+        raise DamagedError(f"{source}: {pattern} is not an object", "adapter_config.json was altered")
+    for key, value in given.items():
         plain = key.removeprefix("^")
         if not all(letter.isalnum() or letter in "._-" for letter in plain):
             raise DamagedError(
                 f"{source}: {pattern} has the regular expression {key!r}", "spell the paths of the modules there"
             )
         for site in sites:
-            if matches(plain, site):
+            if matches(base_path(base, plain), site):
                 found.setdefault(site.path, value)
     return found

@@ -49,8 +49,8 @@ class Molora(LowRank):
     num_experts: int = Field(default=8, ge=2)
     """How many experts at each site."""
 
-    top_k: int = Field(default=2, ge=1)
-    """How many of them a token goes through."""
+    top_k: int = Field(default=2, ge=2)
+    """How many of them a token goes through; at least two, or their weight is always 1 and the router never trains."""
 
     def low_rank(self, site: Site, r: int, scale: float) -> Part:
         """The experts of one site."""

@@ -29,11 +29,14 @@ class PtuningV2(Attended):
         sites = super().chosen(base)
         if self.last_layers is None:
             return sites
-        count = len({site.layer for site in base.select("attention")})
-        if self.last_layers > count or self.layers_to_transform is not None:
-            known = f"of {count} layers" if self.last_layers > count else "beside layers_to_transform: give one of them"
-            raise UsageError(f"last_layers: {self.last_layers} {known}")
-        return [site for site in sites if site.layer is not None and site.layer >= count - self.last_layers]
+        if self.layers_to_transform is not None:
+            raise UsageError(f"last_layers: {self.last_layers} beside layers_to_transform: give one of them")
+        # The stacks of an encoder-decoder may differ in depth.
+        counts = {site.role: site.layer + 1 for site in base.sites if site.heads and site.layer is not None}
+        least = min(counts[site.role] for site in sites)
+        if self.last_layers > least:
+            raise UsageError(f"last_layers: {self.last_layers} of {least} layers")
+        return [site for site in sites if site.layer is not None and site.layer >= counts[site.role] - self.last_layers]
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graft import __version__
-from graft.errors import DamagedError, GraftError, RecipeError
+from graft.errors import DamagedError, GraftError, RecipeError, UsageError
 from graft.files import whole_folder, write_json, write_text
 from graft.methods.base import Method, method_of, methods, read_method
+from graft.methods.folder import without_base_layers
 from graft.model import Base
 from graft.parts.attach import attach, detach
 from graft.parts.base import Adapter
@@ -40,7 +41,7 @@ def save(adapter: Adapter, base: Base, folder: Path, card: str = "") -> None:
     config, tensors = method.to_folder(adapter, base)
     head = adapter_head(adapter)
     if head is not None:
-        tensors |= _head_tensors(head, method.head_prefix)
+        tensors |= head_tensors(head, method.head_prefix)
     if head is not None and not transformers_scores_alike(adapter, head, base):
         config["peft_type"] = f"GRAFT_{method.name.upper()}"  # peft refuses it, rather than giving other scores
     config |= {
@@ -63,7 +64,7 @@ def save(adapter: Adapter, base: Base, folder: Path, card: str = "") -> None:
         save_file(stored, work / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(work / "adapter_config.json", config)
         write_json(work / "graft.json", about)
-        write_text(work / "README.md", card or _card(method, base))
+        write_text(work / "README.md", card or _card(method, base, not_in_vllm(adapter)))
         _check_written(work / "adapter_model.safetensors", stored)
 
 
@@ -83,11 +84,12 @@ def load(base: Base, folder: Path | str, name: str | None = None) -> Adapter:
             f"{source}: made for {made_for.get('name')}, whose weights differ from those of {base.name}",
             "load the base that it was trained on",
         )
+    tensors = without_base_layers(tensors, base, source)
     with torch.random.fork_rng(devices=[]):  # building draws starting values that are overwritten below
         method = _method(config, about, tensors, base, source)
-        adapter = method.build(base, name or _default_name(folder))
+        adapter = _built(method, base, name or _default_name(folder), source)
         adapter.head = _read_head(base, about, tensors, method, source)
-    head_keys = set(_head_tensors(adapter.head, method.head_prefix)) if isinstance(adapter.head, TaskHead) else set()
+    head_keys = set(head_tensors(adapter.head, method.head_prefix)) if isinstance(adapter.head, TaskHead) else set()
     method.load(adapter, base, {key: value for key, value in tensors.items() if key not in head_keys}, source)
     attach(base, adapter)
     adapter.eval()
@@ -101,6 +103,19 @@ def method_class(folder: Path | str) -> type[Method]:
     folder = Path(folder)
     config, about = _read_json(folder / "adapter_config.json"), _read_about(folder / "graft.json")
     return type(_stated(about, str(folder))) if "method" in about else _reader(config, str(folder))
+
+
+def not_in_vllm(adapter: Adapter) -> str | None:
+    """Why vLLM cannot serve an adapter's folder; None when it can, as it does for plain LoRA by default."""
+    method = method_of(adapter)
+    if not method.in_vllm or any(site.columns is not None for site, _ in adapter.placed):
+        return "it reads plain LoRA adapters of whole matrices only"
+    if adapter.head is not None:
+        return "the adapter has a task head"
+    if any(site.role == "head" for site, _ in adapter.placed):
+        return "the adapter changes the output layer"
+    rank = max(tensor.shape[0] for name, tensor in adapter.named_tensors(head=False) if name.endswith("_A"))
+    return f"rank {rank} is above 16, unless it is started with --max-lora-rank {rank}" if rank > 16 else None
 
 
 def transformers_scores_alike(adapter: Adapter, head: TaskHead, base: Base) -> bool:
@@ -131,6 +146,16 @@ def _method(
         raise DamagedError(error.message, "adapter_config.json was altered: save the adapter again") from None
 
 
+def _built(method: Method, base: Base, name: str, source: str) -> Adapter:
+    Adapter(name, method, [])  # a bad name is the caller's fault, not the folder's
+    try:
+        return method.build(base, name)
+    except UsageError as error:
+        raise DamagedError(
+            f"{source}: {error.message}", "it was altered, or the adapter was made for another base"
+        ) from None
+
+
 def _stated(about: dict[str, Any], source: str) -> Method:
     try:
         return read_method(about["method"], f"{source}/graft.json")
@@ -148,7 +173,8 @@ def _reader(config: dict[str, Any], source: str) -> type[Method]:
     return reader
 
 
-def _head_tensors(head: TaskHead, prefix: str) -> dict[str, Tensor]:
+def head_tensors(head: TaskHead, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a head by the names that they have in transformers' sequence classifier, after `prefix`."""
     return {
         f"{prefix}{head.names[layer]}.{kind}": tensor
         for layer, kind, tensor in ((*name.split("."), tensor) for name, tensor in head.state_dict().items())
@@ -168,7 +194,7 @@ def _read_head(
             "pooling": default_pooling(base),
         }
     head = TaskHead.for_base(base, tuple(described["labels"]), described["pooling"], described.get("dropout", 0.1))
-    expected = _head_tensors(head, method.head_prefix)
+    expected = head_tensors(head, method.head_prefix)
     wrong = [key for key, value in expected.items() if key not in tensors or tensors[key].shape != value.shape]
     if wrong:
         raise DamagedError(
@@ -268,8 +294,10 @@ def _public_name(name: str) -> str:
     return Path(name).name if Path(name).is_absolute() or name.startswith((".", "~")) else name
 
 
-def _card(method: Method, base: Base) -> str:
+def _card(method: Method, base: Base, unserved: str | None) -> str:
+    vllm = f"vLLM cannot serve it: {unserved}." if unserved else "vLLM can serve it."
     return (
         f"---\nbase_model: {_public_name(base.name)}\nlibrary_name: graft\ntags: [{method.name}]\n---\n\n"
-        f"A `{method.name}` adapter for `{_public_name(base.name)}`, trained with Graft.\n\nMethod: {method.source}.\n"
+        f"A `{method.name}` adapter for `{_public_name(base.name)}`, trained with Graft.\n\n"
+        f"Method: {method.source}.\n\n{vllm}\n"
     )

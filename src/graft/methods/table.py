@@ -3,8 +3,15 @@
 from typing import Any
 
 from graft.errors import GraftError
-from graft.methods.base import methods
+from graft.methods.base import Method, methods
 from graft.model import load_base
+
+
+def served_by(method: type[Method]) -> str:
+    """What can serve an adapter of this method attached to its base."""
+    others = ["PEFT"] if not method.peft_type.startswith("GRAFT_") else []
+    others += ["vLLM"] if method.in_vllm else []
+    return ", ".join(["Graft", *others])
 
 
 def method_rows(model: str | None = None) -> list[dict[str, Any]]:
@@ -19,6 +26,7 @@ def method_rows(model: str | None = None) -> list[dict[str, Any]]:
             "changes": method.unified.changes,
             "composition": method.unified.composition,
             "merges": method.mergeable,
+            "served by": served_by(method),
         }
         if base is not None:
             try:

@@ -86,7 +86,7 @@ class Vera(Method):
     r: int = Field(default=256, ge=1, le=65536)
     """Rank of the random matrices. They do not train, so it is larger than LoRA's and may exceed a layer's size."""
 
-    d_initial: float = Field(default=0.1, allow_inf_nan=False)
+    d_initial: float = Field(default=0.1, ge=-1000, le=1000)
     """Starting value of λ_d."""
 
     vera_dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -44,7 +44,7 @@ class Virtual(Method):
     target_modules: None = Field(default=None, description="Not used: the tokens are at the input.")
     layers_to_transform: None = Field(default=None, description="Not used: the tokens are at the input.")
 
-    num_virtual_tokens: int = Field(default=20, ge=1)
+    num_virtual_tokens: int = Field(default=20, ge=1, le=65536)
     """How many virtual tokens."""
 
     pool: Literal["real", "virtual"] = "real"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from graft.errors import DamagedError, RouteError, UsageError, nearest
+from graft.errors import DamagedError, NotMergeable, RouteError, UsageError, nearest
 from graft.model import Base, Hidden
 from graft.parts.attention import close_slots, open_slot, slot_at
 from graft.parts.base import Adapter, Part
@@ -296,22 +296,97 @@ def _split(base: Base, route: Route) -> tuple[list[int], list[int]]:
     return trained, still
 
 
-def merge_into(base: Base, name: str) -> None:
-    """Write an attached adapter into the base's tensors, in place, and detach it.
+def merge_into(base: Base, entry: Entry) -> None:
+    """Write attached adapters, the one or several of `entry`, into the base's tensors, in place, and detach them: the
+    plain base then computes what a row through `entry` did.
 
     Raises `NotMergeable` before anything is changed.
     """
-    adapter = adapter_of(base, name)
-    if not adapter.exclusive:
-        for site, part in adapter.placed:
-            part.merge(site)
-    detach(base, name)
-    if adapter.exclusive:
-        return
+    adapters = [adapter_of(base, name) for name in Route.all(entry).names()]
+    placed = _in_effect(adapters)
+    _check_merge(base, placed)
+    for adapter in adapters:
+        detach(base, adapter.name)
     own = dict(base.model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        for site, part in adapter.placed:
+        for _, site, part in placed:
             for path, value in part.merge(site).items():
-                if path not in own or own[path].shape != value.shape:
-                    raise DamagedError(f"{site.name} merges into {path}, which the base does not have in that shape")
                 own[path].copy_(value)
+
+
+_Placed = tuple[Adapter, Site, Part]
+
+
+def _in_effect(adapters: list[Adapter]) -> list[_Placed]:
+    """The parts in the order in which they change a host's tensors, which is that of `Host`: values of a part's own
+    come first, then outputs, then inputs, the last of which is next to the weight. Exclusive parts are in the base
+    already.
+    """
+
+    def turn(position: int, site: Site, part: Part) -> tuple[int, int, int]:
+        if part.does("own"):
+            return 0, 0, position
+        if part.does("after"):
+            host: Host = site.leave.__dict__[_HOST]
+            return 1, [socket.site for socket in host.after].index(site), position
+        return 2, 0, -position
+
+    found = [
+        (turn(position, site, part), (adapter, site, part))
+        for position, adapter in enumerate(adapters)
+        if not adapter.exclusive
+        for site, part in adapter.placed
+    ]
+    return [placed for _, placed in sorted(found, key=lambda item: item[0])]
+
+
+def _check_merge(base: Base, placed: list[_Placed]) -> None:
+    """Raise what forbids to merge: a part that cannot be merged, one that reads a weight which another adapter has
+    changed by then, and one tensor of several names that is not changed alike under all of them.
+    """
+    own = _own_parameters(base)
+    changed: dict[str, set[str]] = {}
+    tied: dict[tuple[str, int], dict[str, Tensor]] = {}
+    for adapter, site, part in placed:
+        for path, value in part.merge(site).items():
+            if path not in own or own[path][0].shape != value.shape:
+                raise DamagedError(f"{site.name} merges into {path}, which the base does not have in that shape")
+            parameter, name, names = own[path]
+            others = changed.setdefault(name, set()) - {adapter.name}
+            if part.reads_weight and others:
+                raise NotMergeable(
+                    f"{adapter.name!r} depends on the base's own {name}, which {min(others)!r} changes before it",
+                    "use both attached, or merge one of them",
+                )
+            changed[name].add(adapter.name)
+            if len(names) > 1:
+                tied.setdefault((adapter.name, id(parameter)), {})[name] = value
+    for (adapter_name, _), values in tied.items():
+        name, first = next(iter(values.items()))
+        names = own[name][2]
+        if len(values) < len(names) or not all(torch.equal(value, first) for value in values.values()):
+            other = next(other for other in names if other != name)
+            raise NotMergeable(
+                f"{name} and {other} are one tensor in {base.name} (tied), and {adapter_name!r} does not change both "
+                "alike",
+                "use the adapter attached, or adapt other sites",
+            )
+
+
+def _own_parameters(base: Base) -> dict[str, tuple[Tensor, str, list[str]]]:
+    """The base's own parameters by every name: the parameter, its first name in the same module, and one name for each
+    module that holds it, several when it is tied.
+    """
+    found = {}
+    holders: dict[int, dict[tuple[int, str], str]] = {}
+    for name, parameter in base.model.named_parameters(remove_duplicate=False):
+        if ".graft." in f".{name}":
+            continue
+        path, _, last = name.rpartition(".")
+        holder = id(base.model.get_submodule(path)), last
+        found[name] = parameter, holder
+        holders.setdefault(id(parameter), {}).setdefault(holder, name)
+    return {
+        name: (parameter, holders[id(parameter)][holder], list(holders[id(parameter)].values()))
+        for name, (parameter, holder) in found.items()
+    }

@@ -98,7 +98,8 @@ def graft_attention(
 
     def attend(chain: list[Part], rows: Tensor | None) -> Tensor:
         call: Core = core
-        for part in reversed(chain):
+        last = [part for part in chain if part.cuts_rows]
+        for part in reversed([*(part for part in chain if not part.cuts_rows), *last]):
             call = _nested(part, call)
         return call(take(query, rows), take(key, rows), take(value, rows), None if mask is None else take(mask, rows))
 

@@ -29,6 +29,9 @@ class Part(nn.Module):
     pool_virtual: bool = False
     """Whether a pooler reads the first virtual token rather than the row's first own token."""
 
+    cuts_rows: ClassVar[bool] = False
+    """Whether this part's attention is one of pieces of a row: it then comes after all others, and sees their keys."""
+
     reads_weight: ClassVar[bool] = False
     """Whether the result depends on the host's weight itself, not only on its output: such a part cannot be merged
     after another one that changed the weight."""

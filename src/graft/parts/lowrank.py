@@ -43,12 +43,13 @@ class LoraEmbeddingPart(Part):
         self.lora_embedding_A = nn.Parameter(torch.zeros(r, site.d_in))
         self.lora_embedding_B = nn.Parameter(torch.randn(site.d_out, r))
         self.scale = scale
+        self.padding = getattr(site.leave, "padding_idx", None)  # its row does not train, as in the table itself
         # Gemma multiplies what it looks up, and so what is added.
         self.factor = float(getattr(site.leave, "scalar_embed_scale", 1.0))
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """Token ids x [B, S], embeddings y [B, S, d] -> [B, S, d]."""
-        low = F.embedding(x, self.lora_embedding_A.T)
+        low = F.embedding(x, self.lora_embedding_A.T, self.padding)
         return y + (F.linear(low, self.lora_embedding_B) * (self.scale * self.factor)).to(y.dtype)
 
     def merge(self, site: Site) -> dict[str, Tensor]:

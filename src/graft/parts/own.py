@@ -35,12 +35,16 @@ def own_parts(base: Base, wanted: Callable[[str], bool], exclusive: bool) -> lis
     (tied embeddings) is one in both cases.
     """
     copies: dict[int, nn.Parameter] = {}
+    named = {
+        id(parameter)
+        for path, module in base.modules_by_path.items()
+        for name, parameter in module.named_parameters(recurse=False)
+        if wanted(f"{path}.{name}")
+    }
     placed = []
     for path, module in base.modules_by_path.items():
         chosen = {
-            name: parameter
-            for name, parameter in module.named_parameters(recurse=False)
-            if wanted(f"{path}.{name}") or id(parameter) in copies
+            name: parameter for name, parameter in module.named_parameters(recurse=False) if id(parameter) in named
         }
         if not chosen:
             continue

@@ -3,6 +3,9 @@
 Each row gets, in a block of columns before its own, as many virtual tokens as its adapters have, aligned to the right;
 shorter ones are padded. The block is the same width for all rows, so outputs are cut back to the caller's shape, and
 the caller's mask is extended, in one step. In a key/value cache the block stays.
+
+Where a base measures distances in columns (sliding windows, T5's relative positions), the virtual tokens of a row that
+is padded on the left come behind its padding: its own tokens stay in their columns, and outputs are cut alike.
 """
 
 import inspect
@@ -96,17 +99,12 @@ class Tokens:
             )
         if mask is None:
             mask = torch.ones(size, caller_seen + length, dtype=torch.long, device=device)
-        if width and self.base.family.positions == "relative" and bool((mask[:, 0] == 0).any()):
-            raise RouteError(
-                "virtual tokens before left padding would be at another distance from a row's first token",
-                "pad on the right",
-            )
-        block = _block_mask(counts, width, mask)
         given["position_ids"] = self._positions(given, mask, length, counts, shifts, width if seen == 0 else 0)
-        given["attention_mask"] = torch.cat([block, mask], dim=1)
+        given["attention_mask"] = self._with_block(mask, counts, width)
         if seen == 0 and width > 0:
             self._embed(module, given, route, width, length, size)
             self.cut = width
+            self._move(given, mask, counts, width)
         if given["position_ids"] is None:
             del given["position_ids"]
         return (), given
@@ -130,6 +128,31 @@ class Tokens:
         tokens = [part.virtual().to(like.dtype) for adapter in adapters for part in adapter.virtual_parts()]
         filled = sum(token.shape[0] for token in tokens)
         return torch.cat([like.new_zeros(width - filled, like.shape[-1]), *tokens])
+
+    def _with_block(self, mask: Tensor, counts: list[int], width: int) -> Tensor:
+        """A mask [B, T] with the columns of the block: [B, width + T]."""
+        order = self._order(mask, counts, width)
+        whole = torch.cat([_block_mask(counts, width, mask), mask], dim=1)
+        return whole if order is None else whole.gather(1, order)
+
+    def _move(self, given: dict[str, Any], mask: Tensor, counts: list[int], width: int) -> None:
+        """Put embeddings and positions into the columns of `_with_block`."""
+        order = self._order(mask, counts, width)
+        if order is None:
+            return
+        embeds, positions = given["inputs_embeds"], given["position_ids"]
+        given["inputs_embeds"] = embeds.gather(1, order[..., None].expand(embeds.shape))
+        if positions is not None:
+            given["position_ids"] = positions.gather(1, order)
+
+    def _order(self, mask: Tensor, counts: list[int], width: int) -> Tensor | None:
+        """The columns of block and row [B, width + T] in their order: padding on the left, virtual tokens, the row.
+        None where they stay.
+        """
+        if width == 0 or self.base.family.positions == "absolute":
+            return None
+        begun = (mask.cumsum(dim=1) > 0).int()
+        return torch.cat([_block_mask(counts, width, begun), begun], dim=1).argsort(dim=1, stable=True)
 
     def _positions(
         self,
@@ -211,8 +234,7 @@ class Tokens:
                 f"the decoder got {states.shape[1]} encoder positions for a mask of {mask.shape[1]} "
                 f"and {width} virtual ones"
             )
-        block = _block_mask(counts, width, mask)
-        given["encoder_attention_mask"] = torch.cat([block, mask], dim=1)
+        given["encoder_attention_mask"] = self._with_block(mask, counts, width)
         return (), given
 
     def _leave_encoder_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -183,7 +183,7 @@ class Trainer:
             guard.saw_gradients()
             rate = float(schedule.get_last_lr()[0])
             optimizer.step()
-            if progress.step == 2:  # what starts at zero hides what is below it from the first step
+            if progress.step == self.method.steps_to_move:
                 paused = time.perf_counter()
                 guard.check_moved(progress.step)
                 guard.check_still(progress.step)
