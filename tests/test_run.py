@@ -1071,3 +1071,12 @@ def test_run_folder_lists_itself(done):
     assert {row["state"] for row in found} == {"done"}
     assert RunFolder(done["lora"].folder).finished(done["lora"].recipe.resolved())
     assert not RunFolder(done["lora"].folder).finished(done["full"].recipe.resolved())
+
+
+def test_a_pair_that_cannot_work_is_refused_before_the_model_loads(place, tmp_path, monkeypatch):
+    recipe = tiny.recipe(place, method="lora")
+    monkeypatch.setattr(type(recipe.method), "refuses", classmethod(lambda cls, family: f"not on an {family.kind}"))
+    monkeypatch.setattr("graft.run.load_base", lambda *args, **more: pytest.fail("loaded"))
+    with pytest.raises(UsageError, match=r"lora cannot work on .*: not on an encoder"):
+        execute(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -20,8 +20,7 @@ from graft.assess import check_probes
 from graft.data.load import Splits, load_splits
 from graft.errors import DamagedError, GraftError, RecipeError
 from graft.files import write_json, write_text
-from graft.methods.base import Method
-from graft.model import locate
+from graft.methods.base import Method, check_pairs
 from graft.recipe import Recipe
 from graft.report import write_report
 from graft.runfolder import RunFolder, differences
@@ -116,7 +115,7 @@ def compare(recipe: Recipe, folder: Path, watch: Watch | None = None, command: s
     """
     splits = load_splits(recipe.data)
     check_probes(recipe, splits.labels)
-    locate(recipe.model)
+    check_pairs(recipe.methods, recipe.model)
     planned = trials(recipe, folder)
     _check_folder(recipe, folder, planned, splits)
     write_text(folder / "recipe.yaml", recipe.to_yaml())

@@ -238,32 +238,45 @@ def load_base(name: str, *, dtype: torch.dtype = torch.float32) -> Base:
         transformers_logging.set_verbosity(before)
 
 
-def _load(name: str, source: str, dtype: torch.dtype) -> Base:
-    def attempt(what: str, call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-            raise _load_error(name, source, what, error) from error
-        except Exception as error:  # safetensors' own error type is not importable by name in every version
-            if "safetensor" not in type(error).__name__.lower():
-                raise
-            raise DamagedError(
-                f"{name}: the weights are damaged ({_first_line(error)})", "fetch the model again"
-            ) from error
+def family_of(name: str) -> Family:
+    """The architecture of a base, from its configuration alone. Raises what `load_base` raises."""
+    return _read_family(name, locate(name))
 
-    config = attempt("config", lambda: AutoConfig.from_pretrained(source, trust_remote_code=False))
+
+def _read_family(name: str, source: str) -> Family:
+    config = _attempt(name, source, "config", lambda: AutoConfig.from_pretrained(source, trust_remote_code=False))
     if config.model_type not in FAMILIES:
         inner = getattr(getattr(config, "text_config", None), "model_type", None)
         raise ModelError(
             f"{name}: architecture {config.model_type!r} is not known", _instead_of(config.model_type, inner)
         )
-    kind = FAMILIES[config.model_type].kind
+    return FAMILIES[config.model_type]
+
+
+def _attempt(name: str, source: str, what: str, call: Callable[[], Any]) -> Any:
+    """`call()`, with what transformers raises in the user's words."""
+    try:
+        return call()
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        raise _load_error(name, source, what, error) from error
+    except Exception as error:  # safetensors' own error type is not importable by name in every version
+        if "safetensor" not in type(error).__name__.lower():
+            raise
+        raise DamagedError(
+            f"{name}: the weights are damaged ({_first_line(error)})", "fetch the model again"
+        ) from error
+
+
+def _load(name: str, source: str, dtype: torch.dtype) -> Base:
+    kind = _read_family(name, source).kind
     factory = {
         "encoder": AutoModel,
         "decoder": AutoModelForCausalLM,
         "encoder-decoder": AutoModelForSeq2SeqLM,
     }[kind]
-    tokenizer = attempt("tokenizer", lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=False))
+    tokenizer = _attempt(
+        name, source, "tokenizer", lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    )
 
     def weights() -> Any:
         with torch.random.fork_rng():
@@ -272,7 +285,7 @@ def _load(name: str, source: str, dtype: torch.dtype) -> Base:
                 source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
 
-    model, report = attempt("weights", weights)
+    model, report = _attempt(name, source, "weights", weights)
     missing = tuple(sorted(report["missing_keys"]))
     unusable = [key for key in missing if "pooler" not in key]
     if unusable:

@@ -18,7 +18,7 @@ from graft.errors import DamagedError, RecipeError, UsageError
 from graft.files import folder_bytes, write_json
 from graft.measure import PeakMemory, environment
 from graft.methods import store
-from graft.methods.base import Method
+from graft.methods.base import Method, check_pairs
 from graft.model import Base, load_base
 from graft.objectives.base import Example
 from graft.parts.attach import attach, detach
@@ -67,6 +67,7 @@ def execute(
     folder = RunFolder(path)
     splits = load_splits(recipe.data)
     check_probes(recipe, splits.labels)
+    check_pairs([recipe.method] if recipe.method is not None else [], recipe.model)
     with folder.open(recipe.resolved(), recipe.to_yaml()) as fresh:
         if not fresh:
             folder.check_data(splits.sha256)

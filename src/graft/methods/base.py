@@ -1,6 +1,6 @@
 """What a method is: a configuration that builds an adapter. One subclass, in a file of its own, per method."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from graft.config import Config, classes_in, read_choice
 from graft.errors import DamagedError, UsageError
 from graft.families import Family
 from graft.methods.folder import copy_tensors
-from graft.model import Base
+from graft.model import Base, family_of
 from graft.parts.base import Adapter, Part
 from graft.sites import Site
 
@@ -190,6 +190,15 @@ class Method(Config):
     def load(self, adapter: Adapter, base: Base, tensors: Mapping[str, Tensor], source: str) -> None:
         """Put stored tensors (without the head) into a built adapter."""
         copy_tensors(adapter, tensors, source)
+
+
+def check_pairs(chosen: Iterable[Method], model: str) -> None:
+    """Refuse methods that cannot work on a base's architecture, before its weights are read."""
+    family = family_of(model)
+    for method in chosen:
+        reason = method.refuses(family)
+        if reason is not None:
+            raise UsageError(f"{method.name} cannot work on {model}: {reason}", "`graft methods` lists the others")
 
 
 def method_of(adapter: Adapter) -> Method:
