@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from graft.data.load import DataConfig
 from graft.families import FAMILIES
 from graft.methods.base import methods
+from graft.methods.table import served_by
 from graft.objectives.base import objectives
 from graft.recipe import Recipe
 from graft.train.loop import Training
@@ -58,13 +59,13 @@ def recipe_page() -> str:
 
 def methods_page() -> str:
     """docs/methods.md."""
-    lines = ["| method | function | sees | changes | composition | merges | in PEFT's format | source |"]
+    lines = ["| method | function | sees | changes | composition | merges | served by | source |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for name, method in methods().items():
         view = method.unified
         lines.append(
             f"| `{name}` | {view.function} | {view.sees} | {view.changes} | {view.composition} "
-            f"| {'yes' if method.mergeable else 'no'} | {'no' if method.peft_type.startswith('GRAFT_') else 'yes'} "
+            f"| {'yes' if method.mergeable else 'no'} | {served_by(method)} "
             f"| {method.source} |"
         )
     parts = [
@@ -74,9 +75,19 @@ def methods_page() -> str:
         " [recipes.md](recipes.md) has the settings.",
         "This page is written by `make docs`.",
         "\n".join(lines),
+        "*served by*: what serves an adapter attached to its base. A method that merges can be made part of the base (`graft merge`),"
+        " and the result runs wherever the base does.",
         "## The matrix",
         matrix(),
-        "LoRA, prefix and prompt tuning equal `peft` to 1e-5 in outputs and gradients (`tests/test_peft.py`).",
+        "## References",
+        "Methods that `peft` has (LoRA with rsLoRA, ranks by site and embeddings, DoRA, AdaLoRA with its penalty and every step of its"
+        " schedule, VeRA, (IA)³, prefix, prompt and P-tuning) equal it to 1e-5 in outputs, loss and gradients on tiny Llama (grouped"
+        " queries), GPT-2 and BERT models, and each reads the other's folders with equal logits (`tests/test_peft.py`,"
+        " `tests/test_peft_more.py`, `tests/test_adalora.py`, `tests/test_bridge.py`). The others are compared with formulas written out in"
+        " `tests/test_formulas.py`.",
+        "Where Graft differs from `peft` on purpose: AdaLoRA's default scale is LoRA's, and triplets of equal importance are pruned one by"
+        " one, never below the budget; DoRA's dropout leaves the input of the frozen weight alone; (IA)³ sits at keys and values on"
+        " every architecture; a pooler reads the row's first token, not the first virtual one, unless `pool: virtual`.",
         "What cannot work is refused: rows of one T5 batch cannot have relative-position tables of their own (full fine-tuning"
         " that is not exclusive, mixed by row), and T5 takes rows padded on the right only.",
     ]

@@ -156,6 +156,7 @@ def test_keys_of_a_row(compared):
             "label", "method", "status", "cause", "seeds", "quality", "quality_low", "quality_high",
             "trainable_parameters", "trainable_fraction", "peak_memory_bytes", "train_seconds", "examples_per_second",
             "adapter_bytes", "latency_ms", "merged_latency_ms", "learning_rate", "forgetting", "transfer", "curve",
+            "by_rank",
         }  # fmt: skip
         assert (found["status"], found["cause"]) == ("done", None)
         assert found["forgetting"].keys() == {"news-editorials"}

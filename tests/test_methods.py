@@ -509,3 +509,30 @@ def test_a_pooler_that_the_checkpoint_lacks_starts_alike_in_every_load(tmp_path)
     first, second = load_base(str(tmp_path)), load_base(str(tmp_path))
     assert first.fresh
     assert first.fingerprint == second.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "rank", "reason"),
+    [
+        ("lora", {}, None, None),
+        ("lora", {"r": 20}, None, "rank 20 is above 16"),
+        ("lora", {"rank_pattern": {"attn.v": 24}}, None, "rank 24 is above 16"),
+        ("lora", {"target_modules": ["attn.q", "head"]}, None, "the output layer"),
+        ("dora", {}, None, "plain LoRA adapters"),
+        ("bottleneck", {}, None, "plain LoRA adapters"),
+        ("dylora", {}, None, "plain LoRA adapters"),
+        ("dylora", {}, 2, None),
+    ],
+)
+def test_saving_says_what_vllm_cannot_serve(method, more, rank, reason, tmp_path):
+    base = make("llama")
+    adapter = put(base, method, **more)
+    if rank is not None:
+        method_of(adapter).use_rank(adapter, rank)
+    said = store.save(adapter, base, tmp_path / "a")
+    assert (said is None) == (reason is None)
+    assert reason is None or reason in said
+    assert (reason or "vLLM can serve it") in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+    Classify().prepare(base, adapter, ("no", "yes"))
+    assert store.save(adapter, base, tmp_path / "b")
+    detach(base, method)

@@ -149,8 +149,7 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
     peak = memory.bytes()
     run.watch("saving the adapter", _TRAINED)
     saved = run.folder.path / "adapter"
-    store.save(adapter, base, saved)
-    unserved = store.not_in_vllm(adapter)
+    unserved = store.save(adapter, base, saved)
     if unserved:
         run.say(f"vLLM cannot serve the adapter: {unserved}")
         if base.family.kind == "decoder":

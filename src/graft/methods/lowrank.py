@@ -120,8 +120,8 @@ class LowRank(Method):
         )
 
     def to_folder(self, adapter: Adapter, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """peft's layout; methods and parts at a site that peft does not have in Graft's own."""
-        if self.peft_type.startswith("GRAFT_") or not all(_in_peft(site, base) for site, _ in adapter.placed):
+        """peft's layout; methods and parts at a slice of a fused projection that peft does not have in Graft's own."""
+        if self.peft_type.startswith("GRAFT_") or any(site.columns is not None for site, _ in adapter.placed):
             _, tensors = super().to_folder(adapter, base)
             return {"peft_type": f"GRAFT_{self.name.upper()}", "r": self.r, "lora_alpha": self.lora_alpha}, tensors
         sites = [site for site, _ in adapter.placed]
@@ -169,11 +169,6 @@ class LowRank(Method):
             config, defaults.keys() | harmless, source, neutral={"bias": ("none",), "init_lora_weights": starts}
         )
         sites = adapted_sites(config, tensors, "lora_", base, source)
-        unused = [site.path for site in sites if not _in_peft(site, base)]
-        if unused:
-            raise DamagedError(
-                f"{source}: peft's LoRA at {unused[0]} changes nothing", "leave it out of target_modules"
-            )
         settings: dict[str, Any] = {key: config.get(key, default) for key, default in defaults.items()}
         settings["rank_pattern"] = _by_path(config, "rank_pattern", base, sites, source)
         settings["alpha_pattern"] = _by_path(config, "alpha_pattern", base, sites, source)
@@ -193,13 +188,6 @@ class LowRank(Method):
 def _key(pattern: Mapping[str, Any], site: Site) -> str:
     """The first key of rank_pattern or alpha_pattern that fits a site; the empty string when there is none."""
     return next((key for key in pattern if matches(key, site)), "")
-
-
-def _in_peft(site: Site, base: Base) -> bool:
-    """Whether peft's LoRA at a site does what Graft's does. It has none at a slice of a fused projection, and one at
-    the embeddings that T5's encoder and decoder share replaces a module that neither of them calls.
-    """
-    return site.columns is None and not (site.role == "embed" and base.family.kind == "encoder-decoder")
 
 
 def _by_path(config: Mapping[str, Any], pattern: str, base: Base, sites: list[Site], source: str) -> dict[str, Any]:

@@ -34,16 +34,20 @@ _PROBE_TOLERANCE = 0.02
 machines stay far below, another base or a lost tensor far above."""
 
 
-def save(adapter: Adapter, base: Base, folder: Path, card: str = "") -> None:
-    """Write an attached adapter to `folder`, whole or not at all, and check what was written."""
+def save(adapter: Adapter, base: Base, folder: Path, card: str = "") -> str | None:
+    """Write an attached adapter to `folder`, whole or not at all, and check what was written.
+
+    Returns why vLLM cannot serve the folder, None when it can.
+    """
     method = method_of(adapter)
     kept = method.saved_as(adapter)
     config, tensors = method.to_folder(adapter, base)
+    unserved = _not_in_vllm(adapter, kept, tensors)
     head = adapter_head(adapter)
     if head is not None:
         tensors |= head_tensors(head, method.head_prefix)
     if head is not None and not transformers_scores_alike(adapter, head, base):
-        config["peft_type"] = f"GRAFT_{method.name.upper()}"  # peft refuses it, rather than giving other scores
+        config["peft_type"] = f"GRAFT_{kept.name.upper()}"  # peft refuses it, rather than giving other scores
     config |= {
         "task_type": "SEQ_CLS" if head is not None else _TASKS[base.family.kind],
         "base_model_name_or_path": _public_name(base.name),
@@ -64,8 +68,9 @@ def save(adapter: Adapter, base: Base, folder: Path, card: str = "") -> None:
         save_file(stored, work / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(work / "adapter_config.json", config)
         write_json(work / "graft.json", about)
-        write_text(work / "README.md", card or _card(method, base, not_in_vllm(adapter)))
+        write_text(work / "README.md", card or _card(method, base, unserved))
         _check_written(work / "adapter_model.safetensors", stored)
+    return unserved
 
 
 def load(base: Base, folder: Path | str, name: str | None = None) -> Adapter:
@@ -105,16 +110,15 @@ def method_class(folder: Path | str) -> type[Method]:
     return type(_stated(about, str(folder))) if "method" in about else _reader(config, str(folder))
 
 
-def not_in_vllm(adapter: Adapter) -> str | None:
-    """Why vLLM cannot serve an adapter's folder; None when it can, as it does for plain LoRA by default."""
-    method = method_of(adapter)
+def _not_in_vllm(adapter: Adapter, method: Method, tensors: dict[str, Tensor]) -> str | None:
+    """Why vLLM cannot serve a folder; None when it can, as it does for plain LoRA by default."""
     if not method.in_vllm or any(site.columns is not None for site, _ in adapter.placed):
         return "it reads plain LoRA adapters of whole matrices only"
     if adapter.head is not None:
         return "the adapter has a task head"
-    if any(site.role == "head" for site, _ in adapter.placed):
-        return "the adapter changes the output layer"
-    rank = max(tensor.shape[0] for name, tensor in adapter.named_tensors(head=False) if name.endswith("_A"))
+    if any(site.role in ("head", "embed") for site, _ in adapter.placed):
+        return "the adapter changes the embeddings or the output layer"
+    rank = max(tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A.weight"))
     return f"rank {rank} is above 16, unless it is started with --max-lora-rank {rank}" if rank > 16 else None
 
 
