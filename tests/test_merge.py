@@ -554,7 +554,6 @@ def test_the_command_refuses_in_one_line(case, place, tmp_path, graft: Command):
         ("gpt2", ["attn.qkv", "head"], r"lm_head\.weight and transformer\.wte\.weight"),
         ("gpt2", ["attn.qkv", "embed", "head"], r"transformer\.wte\.weight and lm_head\.weight"),
         ("qwen2", ["attn.q", "head"], r"lm_head\.weight and model\.embed_tokens\.weight"),
-        ("t5", ["attn.q", "embed"], r"shared\.weight and encoder\.embed_tokens\.weight"),
     ],
 )
 def test_one_side_of_a_tied_tensor_is_refused(family, sites, names):
