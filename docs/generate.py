@@ -126,8 +126,8 @@ def kept(name: str) -> dict[str, Any]:
 def results_table(comparison: dict[str, Any]) -> str:
     """A comparison as a table."""
     lines = [
-        "| method | quality, % | forgets, points | other texts, % | parameters trained | peak memory | training | adapter | latency (merged), ms |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | quality, % | forgets, points | other texts, % | parameters trained | peak memory | training | adapter | latency (merged), ms | rate |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in comparison["rows"]:
         quality = f"{100 * row['quality']:.1f} ({100 * row['quality_low']:.1f} to {100 * row['quality_high']:.1f})"
@@ -144,6 +144,7 @@ def results_table(comparison: dict[str, Any]) -> str:
             f"{row['train_seconds']:.0f} s" if trained else "–",
             f"{row['adapter_bytes'] / 1e6:.2f} MB" if trained else "–",
             f"{row['latency_ms']:.1f} ({merged})" if trained else f"{row['latency_ms']:.1f}",
+            f"{row['learning_rate']:g}" if trained else "–",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

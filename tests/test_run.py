@@ -1080,3 +1080,18 @@ def test_a_pair_that_cannot_work_is_refused_before_the_model_loads(place, tmp_pa
     with pytest.raises(UsageError, match=r"lora cannot work on .*: not on an encoder"):
         execute(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_one_training_of_dylora_is_evaluated_at_every_rank(done):
+    ranks = done["dylora"].report["by_rank"]
+    assert list(ranks) == [str(rank) for rank in range(1, 9)]
+    assert ranks["8"] == done["dylora"].report["quality"]
+    assert len(set(ranks.values())) > 1
+    assert evaluate_run(done["dylora"].folder)["by_rank"] == ranks
+    assert done["lora"].report["by_rank"] == {}
+
+
+def test_adalora_ends_within_its_budget(done):
+    config = load(done["adalora"].folder / "adapter" / "adapter_config.json")
+    ranks = [sum(kept) for kept in config["rank_pattern"].values()]
+    assert sum(ranks) == 8 * len(ranks) == 8 * 4

@@ -145,6 +145,7 @@ def train(
         typer.echo(json.dumps(report, indent=2))
     elif not quiet:
         typer.echo(_run_line(report))
+        _print_ranks(report["by_rank"])
         typer.echo(f"run: {folder}")
 
 
@@ -168,6 +169,7 @@ def evaluate(
             f"{result['metric']} {result['quality']:.1%} ({result['quality_low']:.1%} to {result['quality_high']:.1%}) "
             f"on {result['rows']:,} rows of {result['data']}"
         )
+        _print_ranks(result["by_rank"])
 
 
 @app.command()
@@ -329,6 +331,20 @@ def _run_line(report: dict[str, Any]) -> str:
         f"{report['method']}: accuracy {interval} on the test rows, {report['trainable_parameters']:,} parameters, "
         f"{report['train_seconds']:.0f} s of training, {report['peak_memory_bytes'] / 2**20:,.0f} MiB at the peak"
     )
+
+
+def _print_ranks(by_rank: dict[str, float]) -> None:
+    """The quality at each rank, for methods that serve several from one training."""
+    if not by_rank:
+        return
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", show_edge=False)
+    table.add_column("rank", justify="right")
+    table.add_column("quality", justify="right")
+    for rank, quality in by_rank.items():
+        table.add_row(rank, f"{quality:.1%}")
+    _console().print(table)
 
 
 def _console(stderr: bool = False) -> "Console":

@@ -67,7 +67,7 @@ class Ia3(Method):
     unified: ClassVar[Bypass] = Bypass("(l - 1) ∘ h", "site output; FFN input", "keys, values, FFN", "h + Δh")
     peft_type: ClassVar[str] = "IA3"
     mergeable: ClassVar[bool] = True
-    rate_small: ClassVar[float] = 2e-2
+    rate_small: ClassVar[float] = 3e-2
     rate_large: ClassVar[float] = 3e-3
 
     feedforward_modules: list[str] = Field(default_factory=lambda: ["mlp.down"])

@@ -29,7 +29,7 @@ class LowRank(Method):
     """
 
     small: ClassVar[Mapping[str, Any]] = {"r": 4}
-    rate_small: ClassVar[float] = 2e-3
+    rate_small: ClassVar[float] = 4e-3
     rate_large: ClassVar[float] = 2e-4
     use_dora: ClassVar[bool] = False
 

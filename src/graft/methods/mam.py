@@ -27,7 +27,7 @@ class Mam(Method):
     peft_type: ClassVar[str] = "GRAFT_MAM"
     starts_as_base: ClassVar[bool] = False
     small: ClassVar[Mapping[str, Any]] = {"num_virtual_tokens": 3, "bottleneck_size": 6, "activation": "gelu"}
-    rate_small: ClassVar[float] = 2e-3
+    rate_small: ClassVar[float] = 1e-3
     rate_large: ClassVar[float] = 2e-4
 
     aliases: ClassVar[dict[str, str]] = Method.aliases | {
