@@ -128,7 +128,7 @@ class Adalora(Method):
     peft_type: ClassVar[str] = "ADALORA"
     mergeable: ClassVar[bool] = True
     small: ClassVar[Mapping[str, Any]] = {"init_r": 6, "target_r": 3}
-    rate_small: ClassVar[float] = 2e-3
+    rate_small: ClassVar[float] = 2e-2
     rate_large: ClassVar[float] = 2e-4
 
     # `r` and `rank` are left out: they could mean either rank.

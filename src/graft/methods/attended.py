@@ -24,7 +24,7 @@ class Attended(Method):
     starts_as_base: ClassVar[bool] = False
     small: ClassVar[Mapping[str, Any]] = {"num_virtual_tokens": 3}
     head_prefix: ClassVar[str] = "base_model."
-    rate_small: ClassVar[float] = 3e-2
+    rate_small: ClassVar[float] = 6e-2
     rate_large: ClassVar[float] = 3e-3
 
     aliases: ClassVar[dict[str, str]] = Method.aliases | {"prefix_length": "num_virtual_tokens"}

@@ -47,7 +47,7 @@ class Bitfit(Method):
     unified: ClassVar[Bypass] = Bypass("b", "nothing", "linears and norms", "h + Δh")
     peft_type: ClassVar[str] = "GRAFT_BITFIT"
     mergeable: ClassVar[bool] = True
-    rate_small: ClassVar[float] = 5e-3
+    rate_small: ClassVar[float] = 7e-3
     rate_large: ClassVar[float] = 1e-3
 
     def default_targets(self, base: Base) -> list[str]:

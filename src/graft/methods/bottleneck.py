@@ -20,7 +20,7 @@ class Bottleneck(Method):
     unified: ClassVar[Bypass] = Bypass("f(h Wd) Wu", "block output (sequential)", "attention and FFN", "h + Δh")
     peft_type: ClassVar[str] = "GRAFT_BOTTLENECK"
     small: ClassVar[Mapping[str, Any]] = {"bottleneck_size": 6, "activation": "gelu"}
-    rate_small: ClassVar[float] = 2e-3
+    rate_small: ClassVar[float] = 4e-3
     rate_large: ClassVar[float] = 2e-4
 
     aliases: ClassVar[dict[str, str]] = Method.aliases | {

@@ -109,6 +109,7 @@ class Longlora(LowRank):
     )
     peft_type: ClassVar[str] = "GRAFT_LONGLORA"
     mergeable: ClassVar[bool] = True
+    rate_small: ClassVar[float] = 2e-3
     small: ClassVar[Mapping[str, Any]] = {"r": 4}
 
     group_size_ratio: float = Field(default=0.25, gt=0, le=1)

@@ -197,7 +197,7 @@ class PeftBridge(Method):
     peft_type: ClassVar[str] = "GRAFT_PEFT"
     mergeable: ClassVar[bool] = True  # what cannot be merged says so when it is tried
     small: ClassVar[Mapping[str, Any]] = {"config": {"peft_type": "LOHA", "r": 4, "alpha": 8}}
-    rate_small: ClassVar[float] = 2e-3
+    rate_small: ClassVar[float] = 2e-2  # of LOHA; other tuners have their own
     rate_large: ClassVar[float] = 2e-4
 
     aliases: ClassVar[dict[str, str]] = Method.aliases | {"sites": "target_modules", "lora_target": "target_modules"}

@@ -49,7 +49,7 @@ class Ptuning(Virtual):
     source: ClassVar[str] = "Liu et al. 2021, arXiv 2103.10385"
     peft_type: ClassVar[str] = "P_TUNING"
     small: ClassVar[Mapping[str, Any]] = {"num_virtual_tokens": 4, "encoder_hidden_size": 16}
-    rate_small: ClassVar[float] = 2e-3
+    rate_small: ClassVar[float] = 1e-2
     rate_large: ClassVar[float] = 1e-3
 
     encoder_reparameterization_type: Literal["MLP", "LSTM", "NONE"] = "MLP"

@@ -78,7 +78,7 @@ class Vera(Method):
     peft_type: ClassVar[str] = "VERA"
     mergeable: ClassVar[bool] = True
     small: ClassVar[Mapping[str, Any]] = {"r": 12}
-    rate_small: ClassVar[float] = 2e-2
+    rate_small: ClassVar[float] = 1e-1
     rate_large: ClassVar[float] = 4e-3
 
     aliases: ClassVar[dict[str, str]] = Method.aliases | {"rank": "r", "dropout": "vera_dropout"}
