@@ -163,7 +163,9 @@ def described(comparison: dict[str, Any]) -> str:
 
 
 def verdict_lines(comparison: dict[str, Any]) -> str:
-    """The pairs that differ clearly, and the ties."""
+    """The pairs that differ clearly, and the ties; with more than eight rows, those of the best row only."""
+    if len(comparison["rows"]) > 8:
+        return best_lines(comparison)
     clear, ties = [], []
     for verdict in comparison["verdicts"]:
         first, second = verdict["first"], verdict["second"]
@@ -173,6 +175,24 @@ def verdict_lines(comparison: dict[str, Any]) -> str:
         better, worse = (first, second) if verdict["outcome"] == "better" else (second, first)
         clear.append(f"{better} over {worse} ({100 * abs(verdict['difference']):.1f} points, p = {verdict['p']:.2g})")
     return f"Clear differences: {'; '.join(clear) or 'none'}.\n\nNo clear difference: {'; '.join(ties) or 'none'}."
+
+
+def best_lines(comparison: dict[str, Any]) -> str:
+    """What is clearly worse than the row of the highest quality, and what is not; quality by rank where there is one."""
+    best = max(comparison["rows"], key=lambda row: row["quality"])["label"]
+    ties, worse = [], []
+    for verdict in comparison["verdicts"]:
+        if best in (verdict["first"], verdict["second"]):
+            other = verdict["second"] if verdict["first"] == best else verdict["first"]
+            points = f"{other} ({100 * abs(verdict['difference']):.1f} points, p = {verdict['p']:.2g})"
+            (ties if verdict["outcome"] == "tie" else worse).append(points)
+    lines = [f"Against {best}, the highest: no clear difference for {'; '.join(ties) or 'none'}."]
+    lines.append(f"Clearly worse: {'; '.join(worse) or 'none'}.")
+    for row in comparison["rows"]:
+        if row.get("by_rank"):
+            ranks = ", ".join(f"{rank}: {100 * quality:.1f}" for rank, quality in row["by_rank"].items())
+            lines.append(f"{row['label']} at each rank from one training (mean of the seeds, %): {ranks}.")
+    return "\n\n".join(lines)
 
 
 def demo_table() -> str:

@@ -12,6 +12,8 @@ import pytest
 import tiny
 import yaml
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "add_a_method.md").read_text(encoding="utf-8")
 NAME = "lora_fa"

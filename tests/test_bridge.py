@@ -29,12 +29,14 @@ from graft.recipe import Recipe
 from graft.routing import Route
 from graft.run import execute
 
-# What peft's tuners say of themselves, with and without the bridge.
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{said}")
-    for said in ("Failed to load the CUDA extension", "Setting boft_n_butterfly_factor", "Detected that the base layer",
-                 "Sparse invariant checks are implicitly disabled")
-]  # fmt: skip
+SAID = (
+    "Failed to load the CUDA extension",
+    "Setting boft_n_butterfly_factor",
+    "Detected that the base layer",
+    "Sparse invariant checks are implicitly disabled",
+)
+"""What peft's tuners say of themselves, with and without the bridge."""
+pytestmark = [pytest.mark.slow, *(pytest.mark.filterwarnings(f"ignore:{said}") for said in SAID)]
 
 TUNERS: dict[str, dict[str, Any]] = {
     "ADAMSS": {"r": 8, "num_subspaces": 2},

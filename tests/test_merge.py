@@ -30,6 +30,8 @@ from graft.run import evaluate_run, execute
 
 __all__ = ["graft"]
 
+pytestmark = pytest.mark.slow
+
 WORDS = 140
 """More than the 134 of the tokenizer, one of which Qwen 2 adds."""
 LABELS = ("no", "yes", "perhaps")
