@@ -18,6 +18,7 @@ from graft.methods.folder import (
     peft_targets,
     task_path,
 )
+from graft.methods.linears import AtLinears
 from graft.model import Base
 from graft.parts.base import Adapter, Part, at_dtype_of
 from graft.sites import Site
@@ -117,7 +118,7 @@ class Schedule(NamedTuple):
     every: int
 
 
-class Adalora(Method):
+class Adalora(AtLinears):
     """Low-rank matrices that start at rank init_r; in training the least important ranks of all sites together are
     pruned until target_r are left at each site on average (Zhang et al. 2023).
     """
@@ -177,24 +178,6 @@ class Adalora(Method):
         if self.target_r > self.init_r:
             raise ValueError(f"target_r: {self.target_r} is above init_r, {self.init_r}")
         return self
-
-    def default_targets(self, base: Base) -> list[str]:
-        """Queries and values, or the fused projection where there is one, as LoRA's."""
-        fused = any(site.role == "attn.qkv" for site in base.sites)
-        return ["attn.qkv"] if fused else ["attn.q", "attn.v"]
-
-    def accepts(self, site: Site) -> bool:
-        """Linear sites."""
-        return site.linear
-
-    def chosen(self, base: Base) -> list[Site]:
-        """The sites that the settings name."""
-        sites = super().chosen(base)
-        if all(site.role == "head" for site in sites):
-            raise UsageError(
-                "target_modules names only the output layer", "add sites inside the layers, such as attn.q"
-            )
-        return sites
 
     def build(self, base: Base, name: str) -> Adapter:
         """Parts that share one memory."""

@@ -16,6 +16,7 @@ from graft.methods.folder import (
     copy_tensors,
     task_path,
 )
+from graft.methods.linears import AtLinears
 from graft.model import Base
 from graft.parts.base import Adapter, Part
 from graft.sites import Site, matches
@@ -59,7 +60,7 @@ class ScaledInput(Part):
         return site.host_update(site.dense_weight().detach().float() * self.ia3_l.detach().float())
 
 
-class Ia3(Method):
+class Ia3(AtLinears):
     """A scale for each channel of keys, values and the inner activations of feed-forward blocks (Liu et al. 2022)."""
 
     name: ClassVar[str] = "ia3"
@@ -79,10 +80,6 @@ class Ia3(Method):
         attention = ["attn.qkv"] if "attn.qkv" in roles else ["attn.k", "attn.v"]
         cross = ["cross.attn.k", "cross.attn.v"] if "dec.cross.attn.k" in roles else []
         return [*attention, *cross, "mlp.down"]
-
-    def accepts(self, site: Site) -> bool:
-        """Linear sites."""
-        return site.linear
 
     def chosen(self, base: Base) -> list[Site]:
         """The sites; every feed-forward pattern must name one when the settings give them."""

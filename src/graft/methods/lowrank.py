@@ -17,12 +17,13 @@ from graft.methods.folder import (
     peft_targets,
     task_path,
 )
+from graft.methods.linears import AtLinears
 from graft.model import Base
 from graft.parts.base import Adapter, Part
 from graft.sites import Site, matches
 
 
-class LowRank(Method):
+class LowRank(AtLinears):
     """Settings and storage of methods whose parts hold `lora_A` and `lora_B`.
 
     Abstract: a method defines `low_rank(site, r, scale)` and the class variables.
@@ -64,24 +65,11 @@ class LowRank(Method):
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     """Other values of lora_alpha, in the same way."""
 
-    def default_targets(self, base: Base) -> list[str]:
-        """Queries and values, or the fused projection where there is one, as in peft."""
-        fused = any(site.role == "attn.qkv" for site in base.sites)
-        return ["attn.qkv"] if fused else ["attn.q", "attn.v"]
-
-    def accepts(self, site: Site) -> bool:
-        """Linear sites."""
-        return site.linear
-
     def chosen(self, base: Base) -> list[Site]:
         """The sites that the settings name; every key of rank_pattern and alpha_pattern must be one of them."""
         sites = super().chosen(base)
         if base.family.kind == "encoder-decoder" and any(site.role == "embed" for site in sites):
             raise UsageError(f"the encoder and the decoder of {base.name} share their embeddings", "name other sites")
-        if all(site.role == "head" for site in sites):
-            raise UsageError(
-                "target_modules names only the output layer", "add sites inside the layers, such as attn.q"
-            )
         for key in [*self.rank_pattern, *self.alpha_pattern]:
             if not any(matches(key, site) for site in sites):
                 raise UsageError(

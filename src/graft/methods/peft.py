@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from graft.errors import DamagedError, NotMergeable, UsageError, nearest
 from graft.methods.base import Bypass, Method, methods
 from graft.methods.folder import adapted_sites, base_path, check_peft_config, check_tensors, peft_targets, task_path
+from graft.methods.linears import AtLinears
 from graft.model import Base
 from graft.parts.base import Adapter, Part, at_dtype_of
 from graft.sites import Site
@@ -188,7 +189,7 @@ class PeftPart(Part):
         return update | {f"{site.path}.bias": bias}
 
 
-class PeftBridge(Method):
+class PeftBridge(AtLinears):
     """A tuner of the installed peft that replaces linear layers, by its own configuration."""
 
     name: ClassVar[str] = "peft"
@@ -224,15 +225,6 @@ class PeftBridge(Method):
         for key, value in config.items():
             _check_pattern(key, value)
         return config | {"peft_type": kind}
-
-    def default_targets(self, base: Base) -> list[str]:
-        """Queries and values, or the fused projection where there is one, as LoRA's."""
-        fused = any(site.role == "attn.qkv" for site in base.sites)
-        return ["attn.qkv"] if fused else ["attn.q", "attn.v"]
-
-    def accepts(self, site: Site) -> bool:
-        """Linear sites."""
-        return site.linear
 
     def build(self, base: Base, name: str) -> Adapter:
         """peft's layers on a shell of the chosen sites; what they share stays in peft's model, `Adapter.shared`."""

@@ -18,6 +18,7 @@ from graft.methods.folder import (
     peft_targets,
     task_path,
 )
+from graft.methods.linears import AtLinears
 from graft.model import Base
 from graft.parts.base import Adapter, Part, at_dtype_of
 from graft.sites import Site
@@ -69,7 +70,7 @@ class VeraPart(Part):
         return self.projections.vera_A[:, :d_in], self.projections.vera_B[: self.vera_lambda_b.shape[0]]
 
 
-class Vera(Method):
+class Vera(AtLinears):
     """Two trained vectors at each site, over frozen random matrices that all sites share (Kopiczko et al. 2023)."""
 
     name: ClassVar[str] = "vera"
@@ -99,15 +100,6 @@ class Vera(Method):
     """Store the random matrices with the adapter. Without them they are drawn again from the key, which gives equal
     values only where PyTorch draws as it does now.
     """
-
-    def default_targets(self, base: Base) -> list[str]:
-        """Queries and values, or the fused projection where there is one, as in peft."""
-        fused = any(site.role == "attn.qkv" for site in base.sites)
-        return ["attn.qkv"] if fused else ["attn.q", "attn.v"]
-
-    def accepts(self, site: Site) -> bool:
-        """Linear sites."""
-        return site.linear
 
     def build(self, base: Base, name: str) -> Adapter:
         """Vectors at each site, and the matrices that they share."""
