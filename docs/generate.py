@@ -75,7 +75,8 @@ def methods_page() -> str:
         " [recipes.md](recipes.md) has the settings.",
         "This page is written by `make docs`.",
         "\n".join(lines),
-        "*served by*: what serves an adapter attached to its base. A method that merges can be made part of the base (`graft merge`),"
+        "*served by*: what serves an adapter attached to its base (PEFT only where its classifier pools as the adapter does, vLLM only"
+        " LoRA on decoders without a task head; the card in an adapter folder says it of that folder). A method that merges can be made part of the base (`graft merge`),"
         " and the result runs wherever the base does.",
         "## The matrix",
         matrix(),
@@ -87,7 +88,7 @@ def methods_page() -> str:
         " `tests/test_formulas.py`.",
         "Where Graft differs from `peft` on purpose: AdaLoRA's default scale is LoRA's, and triplets of equal importance are pruned one by"
         " one, never below the budget; DoRA's dropout leaves the input of the frozen weight alone; (IA)³ sits at keys and values on"
-        " every architecture; a pooler reads the row's first token, not the first virtual one, unless `pool: virtual`.",
+        " every architecture (on GPT-2 at the fused projection, as in peft); a pooler reads the row's first token, not the first virtual one, unless `pool: virtual`.",
         "What cannot work is refused: rows of one T5 batch cannot have relative-position tables of their own (full fine-tuning"
         " that is not exclusive, mixed by row), and T5 takes rows padded on the right only.",
     ]

@@ -461,9 +461,9 @@ def cut(b, alpha=6.0, root=False, last_only=False):
 def draw(adapter, b):
     """Call what the loop calls before a step until it has drawn b."""
     adapter.train()
-    for _ in range(200):
-        adapter.method.before_step(adapter, Progress(1, 1))
-        if adapter.shared.now == b:
+    for step in range(200):
+        adapter.method.before_step(adapter, Progress(step + 1, 200))
+        if adapter.shared.now(training=True) == b:
             return
     raise AssertionError(f"{b} was never drawn")
 
@@ -557,7 +557,7 @@ def test_dylora_saved_at_a_rank_is_a_lora_of_peft(tally, kind, rank, tmp_path):
 @pytest.mark.parametrize("rank", [-1, 0, R + 1])
 def test_dylora_has_no_rank_outside(rank):
     _, adapter = adapted("llama", "dylora", **DYLORA)
-    with pytest.raises(UsageError, match=f"^rank {rank}: ranks 1 to 4$"):
+    with pytest.raises(UsageError, match=f"^rank {rank} is none of dylora's; its ranks: 1 to 4$"):
         adapter.method.use_rank(adapter, rank)
 
 
@@ -714,7 +714,7 @@ def test_ptuning_v2_takes_the_last_layers_of_each_stack():
     adapter = read_method({"name": "ptuning_v2", "last_layers": 2}).build(base, "mine")
     names = [site.name for site, _ in adapter.placed]
     assert names == [f"{where}.attention" for where in ("enc.layers.1", "enc.layers.2", "dec.layers.0", "dec.layers.1")]
-    with pytest.raises(UsageError, match="last_layers: 3 of 2 layers"):
+    with pytest.raises(UsageError, match=r"last_layers: 3, and .* has 2 layers"):
         read_method({"name": "ptuning_v2", "last_layers": 3}).build(base, "mine")
 
 
@@ -942,7 +942,7 @@ def test_router_weights_sum_to_one_over_the_best(method, top):
 def test_top_k_that_cannot_be(method):
     with pytest.raises(RecipeError, match=r"top_k.* 2"):
         read_method({"name": method, "top_k": 1})
-    with pytest.raises(UsageError, match=r"^top_k: 4 of 3 experts$"):
+    with pytest.raises(UsageError, match=r"^top_k: 4 is more than num_experts, 3"):
         read_method({"name": method, "r": 2, "num_experts": 3, "top_k": 4}).build(make("llama"), "mine")
 
 

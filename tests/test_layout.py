@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "graft"
 ORDER_WITHIN = {
     "data": ["files", "rows", "load", "batch"],
     "parts": ["base", "attention", "tokens", "attach", "own", "lowrank", "bypass", "prefix", "experts", "head"],
-    "methods": ["folder", "base", "linears", "lowrank", "attended", "virtual", "*", "store", "table"],
+    "methods": ["folder", "base", "linears", "lowrank", "mixture", "attended", "virtual", "*", "store", "table"],
     "objectives": ["base", "*"],
     "train": ["precision", "optim", "guards", "checkpoint", "loop"],
 }
@@ -95,7 +95,7 @@ def test_public_names():
 
 def test_every_test_file_of_a_method_or_objective_is_found_on_disk():
     files = {path.stem for path in (PACKAGE / "methods").glob("*.py")}
-    files -= {"__init__", "base", "folder", "linears", "lowrank", "attended", "virtual", "store", "table"}
+    files -= {"__init__", "base", "folder", "linears", "lowrank", "mixture", "attended", "virtual", "store", "table"}
     assert set(graft.known_methods()) == files
 
 

@@ -300,7 +300,7 @@ def test_ranks(place, tmp_path):
         found[rank] = by_graft(tmp_path / f"m{rank}")
     assert torch.equal(found[None], found[4])
     assert not torch.allclose(found[1], found[4], atol=1e-4)
-    with pytest.raises(UsageError, match="rank 5: ranks 1 to 4"):
+    with pytest.raises(UsageError, match="rank 5 is none of dylora's; its ranks: 1 to 4"):
         merge_run(adapter, tmp_path / "m", model=str(model), rank=5)
     lora = adapter_folder(model, tmp_path / "b", "lora")
     with pytest.raises(UsageError, match="rank 2: lora has no ranks to choose from; leave the rank out"):

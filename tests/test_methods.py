@@ -359,7 +359,7 @@ def test_prefix_projection_is_folded_when_saved(tmp_path):
         ({"name": "lora", "target_modules": ["attn.qq"]}, r"'attn.qq' matches no site.*did you mean 'attn.q'"),
         ({"name": "lora", "target_modules": ["attn"]}, r"lora cannot sit at 'attn'"),
         ({"name": "lora", "layers_to_transform": [2]}, r"no layer 2, the base has 0 to 1"),
-        ({"name": "frozen", "last_layers": 3}, r"last_layers: 3 of 2 layers"),
+        ({"name": "frozen", "last_layers": 3}, r"last_layers: 3, and bert has 2 layers"),
         ({"name": "frozen", "pattern": "nothing_like_it"}, r"matches no tensor"),
         ({"name": "prefix", "num_virtual_tokens": 64}, r"64 of 64 positions"),
         ({"name": "prompt", "num_virtual_tokens": 70}, r"70 of 64 positions"),
@@ -516,7 +516,7 @@ def test_a_pooler_that_the_checkpoint_lacks_starts_alike_in_every_load(tmp_path)
     [
         ("lora", {}, None, None),
         ("lora", {"r": 20}, None, "rank 20 is above 16"),
-        ("lora", {"rank_pattern": {"attn.v": 24}}, None, "rank 24 is above 16"),
+        ("lora", {"rank_pattern": {"attn.v": 24}}, None, "one rank and one scale"),
         ("lora", {"target_modules": ["attn.q", "head"]}, None, "the output layer"),
         ("dora", {}, None, "plain LoRA adapters"),
         ("bottleneck", {}, None, "plain LoRA adapters"),

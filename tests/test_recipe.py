@@ -421,3 +421,13 @@ def test_every_setting_is_in_the_schema_with_its_description():
         count += described(choice, objectives()[choice["properties"]["name"]["const"]])
     assert count > 70
     json.dumps(SCHEMA)
+
+
+@pytest.mark.parametrize("order", [["r=4", "method=lora"], ["method=lora", "r=4"], ["method.r=4", "method=lora"]])
+def test_whole_sections_come_before_settings_in_them(order):
+    assert read_recipe(None, order, text="model: m\ndata: {train: x}\nmethod: prefix\n").method.r == 4
+
+
+def test_a_list_is_no_method():
+    with pytest.raises(RecipeError, match="give a name"):
+        read_recipe(None, ["method=[lora]"], text="model: m\ndata: {train: x}\n")

@@ -896,7 +896,7 @@ def test_damaged_status_is_named(place, tmp_path):
         ({"method": {"name": "lora", "layers_to_transform": [2]}}, "no layer 2, the base has 0 to 1"),
         ({"method": {"name": "lora", "layers_to_transform": [-1]}}, "no layer -1, the base has 0 to 1"),
         ({"method": {"name": "lora", "target_modules": ["attention"]}}, "lora cannot sit at 'attention'"),
-        ({"method": {"name": "frozen", "last_layers": 3}}, "last_layers: 3 of 2 layers"),
+        ({"method": {"name": "frozen", "last_layers": 3}}, "has 2 layers"),
         ({"method": {"name": "prefix", "num_virtual_tokens": 48}}, "num_virtual_tokens: 48 of 48 positions"),
         ({"method": {"name": "prompt", "num_virtual_tokens": 99}}, "num_virtual_tokens: 99 of 48 positions"),
         ({"objective": {"name": "classify", "pooling": "pooler"}}, None),
@@ -1095,3 +1095,16 @@ def test_adalora_ends_within_its_budget(done):
     config = load(done["adalora"].folder / "adapter" / "adapter_config.json")
     ranks = [sum(kept) for kept in config["rank_pattern"].values()]
     assert sum(ranks) == 8 * len(ranks) == 8 * 4
+
+
+@pytest.mark.parametrize("name", ["lora", "bitfit"])
+def test_a_method_that_would_train_the_head_alone_is_refused(place, tmp_path, name):
+    recipe = tiny.recipe(place, method={"name": name, "target_modules": ["pooler"]})
+    with pytest.raises(UsageError, match=f"{name} sits at pooler only, which is not used with pooling 'mean'"):
+        execute(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_scales_at_keys_alone_train_and_load(place, tmp_path):
+    recipe = tiny.recipe(place, method={"name": "ia3", "target_modules": ["attn.k"]}, training={"max_steps": 3})
+    assert execute(recipe, tmp_path / "run")["method"] == "ia3"

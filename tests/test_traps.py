@@ -4,13 +4,15 @@ import bases
 import pytest
 import torch
 from bases import TRAPPED, batch, hidden, make, put, suited
+from safetensors.torch import load_file
 
-from graft.errors import RouteError
+from graft.errors import DamagedError, NotMergeable, RouteError, UsageError
 from graft.evaluate import token_loss
 from graft.generate import generate
+from graft.methods import store
 from graft.methods.base import read_method
 from graft.objectives.classify import Classify
-from graft.parts.attach import attach, detach, hidden_states, widest
+from graft.parts.attach import attach, detach, hidden_states, merge_into, widest
 from graft.parts.head import scores
 from graft.routing import Route
 
@@ -353,3 +355,90 @@ def test_scores_of_rows_with_different_heads():
             scores(base, given, Route.of(["a", "c", "b", "a"]))
         with pytest.raises(RouteError, match="no task head"):
             scores(base, given, Route.of(["a", None, "b", "a"]))
+
+
+def test_an_input_is_changed_once_however_often_its_adapter_is_attached():
+    base, given = make("bert"), batch()
+    put(base, "lora", target_modules=["mlp.down"])
+    adapter = put(base, "ia3")
+    once = hidden(base, given, "ia3").last
+    detach(base, "ia3")
+    attach(base, adapter)
+    torch.testing.assert_close(hidden(base, given, "ia3").last, once)
+
+
+def test_dora_after_biases_is_not_merged():
+    """DoRA scales what is beyond the base's own bias, so a bias merged before it would be scaled too."""
+    base = make("bert")
+    put(base, "bitfit")
+    put(base, "dora")
+    with pytest.raises(NotMergeable, match="'dora' depends on the base's own"):
+        merge_into(base, ("bitfit", "dora"))
+    merge_into(base, ("dora", "bitfit"))
+
+
+@pytest.mark.parametrize("method", ["dylora", "longlora", "vera", "prefix"])
+def test_what_is_done_to_the_base_reaches_all_of_an_adapter(method):
+    base, given = make("llama"), batch()
+    more = {"prefix_projection": True} if method == "prefix" else {}
+    adapter = read_method({"name": method} | bases.settings(method) | more).build(base, "new")
+    adapter.head = torch.nn.Linear(32, 2)
+    attach(base, adapter)
+    assert not adapter.training  # as the base
+    base.model.train()
+    assert adapter.head.training
+    assert adapter.shared is None or adapter.shared.training
+    if method == "dylora":
+        adapter.shared.drawn = 1
+    base.model.eval()
+    after = hidden(base, given, "new").last
+    adapter.eval()
+    assert torch.equal(hidden(base, given, "new").last, after)
+    base.model.to(torch.float64)
+    assert {tensor.dtype for _, tensor in adapter.named_tensors() if tensor.is_floating_point()} == {torch.float64}
+    detach(base, "new")
+    assert not [name for name, _ in base.model.named_modules() if "graft" in name]
+
+
+def test_an_adapter_of_another_base_is_not_attached():
+    adapter = read_method({"name": "lora", "r": 4}).build(make("bert"), "stray")
+    with pytest.raises(UsageError, match="'stray' was built for another base"):
+        attach(make("bert", seed=1), adapter)
+
+
+def test_scales_near_one_are_not_rounded_to_bf16():
+    """bf16 has steps of 0.008 around 1: a scale of 1.003 would be 1."""
+    base = make("bert")
+    adapter = read_method({"name": "ia3", "target_modules": ["attn.v"]}).build(base, "x")
+    part = adapter.parts[0]
+    with torch.no_grad():
+        part.ia3_l.fill_(1.003)
+    y = torch.linspace(1, 2, 20_000, dtype=torch.bfloat16)[:, None].expand(-1, 32)
+    with torch.no_grad():
+        scaled = part.after(y, y).float().mean() / y.float().mean()
+    assert abs(float(scaled) - 1.003) < 5e-4
+
+
+def test_saved_tokens_are_not_a_sample_of_dropout(tmp_path):
+    base = make("llama")
+    network = {"encoder_reparameterization_type": "LSTM", "encoder_dropout": 0.5}
+    adapter = put(base, "ptuning", shake=1.0, **network)
+    adapter.train()
+    store.save(adapter, base, tmp_path / "a")
+    assert adapter.training
+    adapter.eval()
+    saved = load_file(tmp_path / "a" / "adapter_model.safetensors")["prompt_embeddings"]
+    with torch.no_grad():
+        torch.testing.assert_close(saved, adapter.parts[0].virtual())
+
+
+def test_one_changed_bit_of_a_saved_adapter_is_found(tmp_path):
+    base = make("bert")
+    adapter = put(base, "lora", target_modules=["attn.q", "embed"])
+    store.save(adapter, base, tmp_path / "a")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedError, match=r"adapter_model.safetensors is not what was saved"):
+        store.load(make("bert"), tmp_path / "a")

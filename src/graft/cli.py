@@ -34,6 +34,8 @@ app.add_typer(assets_app, name="assets")
 # typer carries a copy of click, in earlier versions click itself: their common error is found through typer.
 _ClickUsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
+_OUT_OF_MEMORY = "out of memory; use smaller batches, shorter rows or a smaller adapter"
+
 Assignments = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's.")
 ]
@@ -433,7 +435,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = _say("interrupted; the same command starts again and repeats no finished trial", 130)
     except MemoryError:
-        code = _say("out of memory; use smaller batches or shorter rows", 3)
+        code = _say(_OUT_OF_MEMORY, 3)
     except BrokenPipeError:
         code = 0
     except OSError as error:
@@ -441,6 +443,9 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("GRAFT_DEBUG"):
             raise
+        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):  # PyTorch's RuntimeErrors
+            code = _say(_OUT_OF_MEMORY, 3)
+            sys.exit(code)
         code = _say(f"{type(error).__name__}: {error}; this is a fault of Graft, GRAFT_DEBUG=1 shows where", 1)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -56,7 +56,8 @@ def labels(methods: Sequence[Method]) -> list[str]:
         same = [other for other in methods if other.name == method.name]
         given = method.model_dump(mode="json")
         told = [key for key in given if any(other.model_dump(mode="json")[key] != given[key] for other in same)]
-        result.append(" ".join([method.name, *(_told(key, given[key]) for key in told if given[key])]))
+        told = [key for key in told if given[key] or type(given[key]) in (int, float)]
+        result.append(" ".join([method.name, *(_told(key, given[key]) for key in told)]))
     twice = next((label for label in result if result.count(label) > 1), None)
     if twice:
         raise RecipeError(f"methods: {twice!r} stands twice with the same settings")

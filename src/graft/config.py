@@ -187,10 +187,16 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
 def override(values: Mapping[str, Any], cls: type[Config], assignments: Sequence[str]) -> dict[str, Any]:
     """`values` with `key=value` assignments applied; the value is YAML.
 
-    `key` is a dotted path (`training.seed`) or the bare name of a setting that only one section has.
+    `key` is a dotted path (`training.seed`) or the bare name of a setting that only one section has. Whole sections
+    come first, wherever they stand: `r=4 method=lora` is `method=lora r=4`.
     """
     result: dict[str, Any] = _copy(values)
-    for assignment in assignments:
+
+    def is_part(assignment: str) -> bool:
+        key = assignment.partition("=")[0]
+        return cls.aliases.get(key, key) not in cls.model_fields
+
+    for assignment in sorted(assignments, key=is_part):
         key, separator, text = assignment.partition("=")
         if not separator or not key:
             raise RecipeError(f"{assignment!r} is not key=value")

@@ -82,7 +82,8 @@ def nearest(name: str, known: Iterable[str], aliases: Iterable[str] = ()) -> str
     """A half sentence that helps with a misspelled name: the nearest known one (or alias), or all known ones."""
     names = sorted(known)
     long = [alias for alias in aliases if len(alias) > 2]  # "lr" is near every "r"
-    close = get_close_matches(name, [*names, *long], n=1, cutoff=0.6)
+    close = [known for known in names if known.lower() == name.lower()]
+    close = close or get_close_matches(name, [*names, *long], n=1, cutoff=0.6)
     if close:
         return f"did you mean {close[0]!r}?"
     return f"known: {', '.join(names)}"

@@ -117,7 +117,7 @@ class Recipe(Config):
             default = cls.default_names[section]
             given = values.get(section) or default
             name = given.get("name", default) if isinstance(given, Mapping) else given
-            if name in known:
+            if isinstance(name, str) and name in known:
                 found[section] = known[name]
         return found
 

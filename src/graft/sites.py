@@ -78,6 +78,12 @@ class Site:
         view[self.columns if self.columns is not None else slice(None)] = weight.to(host.dtype)
         return {f"{self.path}.weight": host}
 
+    def bias_update(self, bias: Tensor) -> dict[str, Tensor]:
+        """The full new bias of the host, by path, for a new value [d_out] of this site's bias."""
+        host: Tensor = self.leave.get_parameter("bias").detach().clone()
+        host[self.columns if self.columns is not None else slice(None)] = bias.to(host.dtype)
+        return {f"{self.path}.bias": host}
+
 
 def bare(role: str) -> str:
     """`attn.q` for `enc.attn.q` and `dec.attn.q`; cross attention keeps its name."""

@@ -38,7 +38,7 @@ class Method(Config):
     """A fine-tuning method and its settings.
 
     Subclasses set the class variables and `part` (or `build`, when parts share something). A method that does
-    something at each step keeps what it remembers in the adapter's tensors, so that a resumed run is the same run.
+    something at each step keeps what it remembers in the adapter's tensors, so that checkpoints hold it.
     """
 
     name: ClassVar[str]
@@ -54,6 +54,9 @@ class Method(Config):
     """Whether an untrained adapter computes exactly what the base computes."""
     small: ClassVar[Mapping[str, Any]] = {}
     """Settings for a base 32 wide with two layers, beside other adapters, as the tests have."""
+    probe_tolerance: ClassVar[float] = 0.02
+    """Largest difference between the outputs of a saved and of a loaded adapter, relative to their size (at least 1):
+    fp32 and bf16 kernels of different machines stay far below, another base or a lost tensor far above."""
     head_prefix: ClassVar[str] = "base_model.model."
     """What peft puts before the names of a task head's tensors."""
     rate_small: ClassVar[float]
@@ -124,7 +127,12 @@ class Method(Config):
         outside = [layer for layer in self.layers_to_transform if layer not in layers]
         if outside:
             raise UsageError(f"layers_to_transform: no layer {outside[0]}, the base has 0 to {max(layers)}")
-        return [site for site in fitting if site.layer in self.layers_to_transform]
+        inside = [site for site in fitting if site.layer in self.layers_to_transform]
+        if not inside:
+            raise UsageError(
+                f"target_modules {patterns} names nothing in layers {self.layers_to_transform}", "give other layers"
+            )
+        return inside
 
     def before_step(self, adapter: Adapter, progress: Progress) -> None:
         """Called before the forward passes of an optimizer step: DyLoRA draws its rank."""
@@ -147,8 +155,8 @@ class Method(Config):
     def use_rank(self, adapter: Adapter, rank: int) -> None:
         """Evaluate and merge at one of `ranks`. Raises `UsageError` for another."""
         if rank not in self.ranks():
-            known = f"ranks 1 to {len(self.ranks())}" if self.ranks() else f"{self.name} has no ranks to choose from"
-            raise UsageError(f"rank {rank}: {known}")
+            known = f"1 to {self.ranks()[-1]}" if self.ranks() else "none: it is used as it was trained"
+            raise UsageError(f"rank {rank} is none of {self.name}'s", f"its ranks: {known}")
 
     @classmethod
     def refuses(cls, family: Family) -> str | None:

@@ -21,7 +21,7 @@ class BiasPart(Part):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """y [..., d_out] -> [..., d_out]."""
-        return y + self.bias.to(y.dtype)
+        return (y + self.bias).to(y.dtype)
 
     def merge(self, site: Site) -> dict[str, Tensor]:
         """The host's bias plus b."""
@@ -30,9 +30,7 @@ class BiasPart(Part):
                 f"{site.name} has no bias in this architecture, so there is no weight to merge into",
                 "keep the adapter attached, or train sites with a bias",
             )
-        host = site.leave.get_parameter("bias").detach().clone()
-        host[site.columns if site.columns is not None else slice(None)] += self.bias.detach().to(host.dtype)
-        return {f"{site.path}.bias": host}
+        return site.bias_update(site.bias.detach().float() + self.bias.detach().float())
 
 
 class Bitfit(Method):

@@ -28,7 +28,7 @@ class Bottleneck(Method):
         "non_linearity": "activation",
     }
 
-    bottleneck_size: int = Field(default=32, ge=1)
+    bottleneck_size: int = Field(default=32, ge=1, le=65536)
     """Width of the bottleneck."""
 
     placement: Literal["houlsby", "pfeiffer"] = "houlsby"

@@ -29,11 +29,11 @@ class DoraPart(LoraPart):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """x [B, S, d_in], y [B, S, d_out] -> [B, S, d_out]."""
-        g = (self.lora_magnitude_vector / self._norm()).to(y.dtype)
+        g = self.lora_magnitude_vector / self._norm()  # in fp32: bf16 has steps of 0.008 around 1
         low = F.linear(self.dropout(at_dtype_of(x, self.lora_A)), self.lora_A)
         delta = (F.linear(low, self.lora_B) * self.scale).to(y.dtype)
         plain = y if self.site.bias is None else y - self.site.bias
-        return y + (g - 1) * plain + g * delta
+        return (y + (g - 1) * plain + g * delta).to(y.dtype)
 
     @torch.no_grad()
     def _norm(self) -> Tensor:

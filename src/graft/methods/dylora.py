@@ -25,10 +25,9 @@ class RankOfStep(nn.Module):
         self.chosen: int | None = None
         self.r = r
 
-    @property
-    def now(self) -> int:
+    def now(self, training: bool) -> int:
         """The rank to use."""
-        return self.drawn if self.training else self.chosen or self.r
+        return self.drawn if training else self.chosen or self.r
 
 
 class DyloraPart(LoraPart):
@@ -39,6 +38,7 @@ class DyloraPart(LoraPart):
     def __init__(self, site: Site, r: int, scale: float, dropout: float, power: float, only_last: bool) -> None:
         super().__init__(site, r, scale, dropout)
         self.power = power
+        self.graphs = r
         self.only_last = only_last
 
     def cut(self, b: int) -> tuple[Tensor, Tensor, float]:
@@ -49,17 +49,17 @@ class DyloraPart(LoraPart):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """x [B, S, d_in], y [B, S, d_out] -> [B, S, d_out]."""
-        a, b, scale = self.cut(self.rank.now)
-        if self.only_last and self.rank.training:
-            a = torch.cat([a[:-1].detach(), a[-1:]])
-            b = torch.cat([b[:, :-1].detach(), b[:, -1:]], dim=1)
-        low = F.linear(self.dropout(at_dtype_of(x, a)), a)
-        return y + (F.linear(low, b) * scale).to(y.dtype)
+        down, up, scale = self.cut(self.rank.now(self.training))
+        if self.only_last and self.training:
+            down = torch.cat([down[:-1].detach(), down[-1:]])
+            up = torch.cat([up[:, :-1].detach(), up[:, -1:]], dim=1)
+        low = F.linear(self.dropout(at_dtype_of(x, down)), down)
+        return y + (F.linear(low, up) * scale).to(y.dtype)
 
     def merge(self, site: Site) -> dict[str, Tensor]:
         """W + s·B A at the chosen rank, added in fp32."""
-        a, b, scale = self.cut(self.rank.chosen or self.rank.r)
-        delta = scale * (b.detach().float() @ a.detach().float())
+        down, up, scale = self.cut(self.rank.now(training=False))
+        delta = scale * (up.detach().float() @ down.detach().float())
         return site.host_update(site.dense_weight().detach().float() + delta)
 
 
@@ -76,8 +76,8 @@ class Dylora(LowRank):
     mergeable: ClassVar[bool] = True
 
     frozen: bool = False
-    """Train only the last row and column of the drawn rank, and keep those before it as they are: a little faster,
-    a little worse in the paper.
+    """Only the last row and column of the drawn rank get a gradient; the optimizer's momentum and weight decay still
+    move those before it. A little worse in the paper.
     """
 
     rank_pattern: dict[str, int] = Field(default_factory=dict)
@@ -105,8 +105,11 @@ class Dylora(LowRank):
         return DyloraPart(site, r, scale, self.lora_dropout, 0.5 if self.use_rslora else 1.0, self.frozen)
 
     def before_step(self, adapter: Adapter, progress: Progress) -> None:
-        """Draw the rank of this step, from 1 to r, each with the same chance."""
-        _rank(adapter).drawn = int(torch.randint(1, self.r + 1, ()))
+        """Draw the rank of this step, from 1 to r, each with the same chance: from the run's seed and the step alone,
+        so that all processes draw the same.
+        """
+        generator = torch.Generator().manual_seed(torch.initial_seed() % 2**32 + progress.step)
+        _rank(adapter).drawn = int(torch.randint(1, self.r + 1, (), generator=generator))
 
     def ranks(self) -> range:
         """1 to r."""

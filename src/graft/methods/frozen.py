@@ -81,7 +81,7 @@ class Frozen(Method):
         for stack in base.family.stacks:
             count = layer_count(base.body, stack.layers)
             if self.last_layers > count:
-                raise UsageError(f"last_layers: {self.last_layers} of {count} layers")
+                raise UsageError(f"last_layers: {self.last_layers}, and {base.name} has {count} layers")
             body = f"{base.family.body}." if base.family.body else ""
             prefixes += [f"{body}{stack.layers}.{index}." for index in range(count - self.last_layers, count)]
         return tuple(prefixes)

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from graft.errors import UsageError, nearest
@@ -31,16 +30,14 @@ class ScaledOutput(Part):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """y [B, S, d_out] -> [B, S, d_out]."""
-        return y * self.ia3_l.to(y.dtype)
+        return (y * self.ia3_l).to(y.dtype)
 
     def merge(self, site: Site) -> dict[str, Tensor]:
         """l on the rows of W, and on the bias."""
         scale = self.ia3_l.detach().float()
         merged = site.host_update(site.dense_weight().detach().float() * scale[:, None])
         if site.bias is not None:
-            host = site.leave.get_parameter("bias").detach().clone()
-            host[site.columns if site.columns is not None else slice(None)] *= scale.to(host.dtype)
-            merged[f"{site.path}.bias"] = host
+            merged |= site.bias_update(site.bias.detach().float() * scale)
         return merged
 
 
@@ -53,7 +50,7 @@ class ScaledInput(Part):
 
     def before(self, x: Tensor) -> Tensor:
         """x [B, S, d_in] -> [B, S, d_in]."""
-        return x * self.ia3_l.to(x.dtype)
+        return (x * self.ia3_l).to(x.dtype)
 
     def merge(self, site: Site) -> dict[str, Tensor]:
         """l on the columns of W."""
@@ -71,8 +68,8 @@ class Ia3(AtLinears):
     rate_small: ClassVar[float] = 3e-2
     rate_large: ClassVar[float] = 3e-3
 
-    feedforward_modules: list[str] = Field(default_factory=lambda: ["mlp.down"])
-    """Of the sites, those whose input is scaled rather than their output."""
+    feedforward_modules: list[str] | None = None
+    """Of the sites, those whose input is scaled rather than their output; mlp.down when left out."""
 
     def default_targets(self, base: Base) -> list[str]:
         """Keys and values (or the fused projection where there is one, as in peft) and the last feed-forward linear."""
@@ -84,8 +81,7 @@ class Ia3(AtLinears):
     def chosen(self, base: Base) -> list[Site]:
         """The sites; every feed-forward pattern must name one when the settings give them."""
         sites = super().chosen(base)
-        given = self.feedforward_modules if "feedforward_modules" in self.model_fields_set else []
-        for pattern in given:
+        for pattern in self.feedforward_modules or []:
             if not any(matches(pattern, site) for site in sites):
                 raise UsageError(
                     f"feedforward_modules: {pattern!r} is none of the chosen sites",
@@ -95,7 +91,8 @@ class Ia3(AtLinears):
 
     def part(self, site: Site) -> Part:
         """The scale of a site's input or output."""
-        if any(matches(pattern, site) for pattern in self.feedforward_modules):
+        inputs = ["mlp.down"] if self.feedforward_modules is None else self.feedforward_modules
+        if any(matches(pattern, site) for pattern in inputs):
             if site.columns is not None:
                 raise UsageError(f"feedforward_modules: {site.name} shares its input with other sites")
             return ScaledInput(site)

@@ -46,7 +46,10 @@ class ShiftedGroups(Part):
                 "it cannot be trained on the same rows as a prefix, or with a cache",
             )
         if self.first and mask is not None and not bool(_seen(mask)[..., 0, 0].all()):
-            raise RouteError("longlora groups rows from their first token on", "pad on the right")
+            raise RouteError(
+                "longlora groups rows from their first token on",
+                "pad on the right, and train rows with virtual tokens in batches of their own",
+            )
         size = self.group_size or max(2, int(length * self.ratio) // 2 * 2)
         if size // 2 >= length:
             return core(q, k, v, mask)

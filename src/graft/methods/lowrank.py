@@ -84,7 +84,8 @@ class LowRank(AtLinears):
         alpha = self.alpha_pattern.get(_key(self.alpha_pattern, site), self.lora_alpha)
         largest = max(site.d_in, site.d_out)  # more than the smaller size is of no use, but peft's users have it
         if not 1 <= r <= largest:
-            raise UsageError(f"r: {r} is not from 1 to {largest}, the size of {site.name}")
+            given = "rank_pattern" if r != self.r else "r"
+            raise UsageError(f"{given}: {r} is not from 1 to {largest}, the size of {site.name}", "choose a lower rank")
         return self.low_rank(site, r, alpha / (math.sqrt(r) if self.use_rslora else r))
 
     def low_rank(self, site: Site, r: int, scale: float) -> Part:

@@ -1,8 +1,7 @@
 """MALoRA: a routed mixture of LoRA experts that share most of their down-projections."""
 
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -11,7 +10,7 @@ from torch.nn import functional as F
 
 from graft.errors import UsageError
 from graft.methods.base import Bypass
-from graft.methods.lowrank import LowRank
+from graft.methods.mixture import Mixture
 from graft.parts.base import Part, at_dtype_of
 from graft.parts.experts import ExpertsPart
 from graft.sites import Site
@@ -43,7 +42,7 @@ class MaloraPart(ExpertsPart):
         return split
 
 
-class Malora(LowRank):
+class Malora(Mixture):
     """LoRA experts that share a down-projection and have a larger rank for it (Wang et al. 2024).
 
     Choices of Graft's: the shared projection has d = 2r rows and an expert rank r' = 9r/8 rounded up, which is 27 %
@@ -56,28 +55,20 @@ class Malora(LowRank):
     source: ClassVar[str] = "Wang et al. 2024, arXiv 2410.22782"
     unified: ClassVar[Bypass] = Bypass("Σ_t G(x)_t x S P_t B_t", "site input (parallel)", "chosen linears", "h + s·Δh")
     peft_type: ClassVar[str] = "GRAFT_MALORA"
-    small: ClassVar[Mapping[str, Any]] = {"r": 2, "num_experts": 3}
-
-    num_experts: int = Field(default=8, ge=2)
-    """How many experts at each site."""
-
-    top_k: int = Field(default=2, ge=2)
-    """How many of them a token goes through; at least two, or their weight is always 1 and the router never trains."""
 
     shared_rank: int | None = Field(default=None, ge=1)
     """Rows of the shared down-projection; 2r when left out."""
 
-    expert_rank: int | None = Field(default=None, ge=1)
+    expert_rank: int | None = Field(default=None, ge=1, le=65536)
     """Rank of each expert; 9r/8, rounded up, when left out."""
 
     def low_rank(self, site: Site, r: int, scale: float) -> Part:
         """The experts of one site."""
         rank, d = self.expert_rank or math.ceil(9 * r / 8), self.shared_rank or 2 * r
-        if self.top_k > self.num_experts:
-            raise UsageError(f"top_k: {self.top_k} of {self.num_experts} experts")
         if d > min(self.num_experts * rank, site.d_in):
+            given = f"shared_rank: {d}" if self.shared_rank is not None else f"r: {r} makes a shared_rank of {d}, which"
             raise UsageError(
-                f"shared_rank: {d} is more than {min(self.num_experts * rank, site.d_in)}, the rank of the stacked "
+                f"{given} is more than {min(self.num_experts * rank, site.d_in)}, the rank of the stacked "
                 f"experts at {site.name}"
             )
         return MaloraPart(site, rank, d, self.num_experts, self.top_k, scale, self.lora_dropout)

@@ -37,13 +37,13 @@ class Mam(Method):
 
     target_modules: None = Field(default=None, description="Not used: attention and the feed-forward blocks.")
 
-    num_virtual_tokens: int = Field(default=30, ge=1)
+    num_virtual_tokens: int = Field(default=30, ge=1, le=65536)
     """How many keys and values are put before a layer's own."""
 
     init_std: float = Field(default=0.02, ge=0, le=10)
     """Standard deviation of their starting values."""
 
-    bottleneck_size: int | None = Field(default=None, ge=1)
+    bottleneck_size: int | None = Field(default=None, ge=1, le=65536)
     """Width of the parallel adapter; half the base's width when left out, as in the paper (512 of 1,024)."""
 
     scale: float = Field(default=4.0, gt=0, allow_inf_nan=False)

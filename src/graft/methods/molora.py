@@ -1,17 +1,14 @@
 """MoLoRA: a routed mixture of LoRA experts."""
 
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graft.errors import UsageError
 from graft.methods.base import Bypass
-from graft.methods.lowrank import LowRank
+from graft.methods.mixture import Mixture
 from graft.parts.base import Part, at_dtype_of
 from graft.parts.experts import ExpertsPart
 from graft.sites import Site
@@ -34,26 +31,16 @@ class MoloraPart(ExpertsPart):
         return split
 
 
-class Molora(LowRank):
-    """Several LoRA experts at each site, and a router that picks some for each token (Zadouri et al. 2023).
-
-    There is no loss for balanced use of the experts: that choice is Graft's.
+class Molora(Mixture):
+    """Several LoRA experts at each site, and a router that picks some for each token (Zadouri et al. 2023), without a
+    loss for balanced use of the experts: that choice is Graft's.
     """
 
     name: ClassVar[str] = "molora"
     source: ClassVar[str] = "Zadouri et al. 2023, arXiv 2309.05444"
     unified: ClassVar[Bypass] = Bypass("Σ_t G(x)_t x A_t B_t", "site input (parallel)", "chosen linears", "h + s·Δh")
     peft_type: ClassVar[str] = "GRAFT_MOLORA"
-    small: ClassVar[Mapping[str, Any]] = {"r": 2, "num_experts": 3}
-
-    num_experts: int = Field(default=8, ge=2)
-    """How many experts at each site."""
-
-    top_k: int = Field(default=2, ge=2)
-    """How many of them a token goes through; at least two, or their weight is always 1 and the router never trains."""
 
     def low_rank(self, site: Site, r: int, scale: float) -> Part:
         """The experts of one site."""
-        if self.top_k > self.num_experts:
-            raise UsageError(f"top_k: {self.top_k} of {self.num_experts} experts")
         return MoloraPart(site, r, self.num_experts, self.top_k, scale, self.lora_dropout)

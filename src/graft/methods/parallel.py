@@ -31,7 +31,7 @@ class Parallel(Method):
         "scaling": "scale",
     }
 
-    bottleneck_size: int = Field(default=32, ge=1)
+    bottleneck_size: int = Field(default=32, ge=1, le=65536)
     """Width of the network."""
 
     scale: float = Field(default=4.0, gt=0, allow_inf_nan=False)

@@ -184,9 +184,7 @@ class PeftPart(Part):
             return update
         if host.bias is None:
             raise NotMergeable(f"{self.kind} at {site.name}: merged, it needs a bias, which {site.path} does not have")
-        bias = site.leave.get_parameter("bias").detach().clone()
-        bias[site.columns if site.columns is not None else slice(None)] = copy.bias.to(bias.dtype)
-        return update | {f"{site.path}.bias": bias}
+        return update | site.bias_update(copy.bias)
 
 
 class PeftBridge(AtLinears):

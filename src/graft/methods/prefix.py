@@ -19,7 +19,7 @@ class Prefix(Attended):
     prefix_projection: bool = False
     """Train a small network that makes them, instead of themselves; it is folded away when saved."""
 
-    encoder_hidden_size: int | None = Field(default=None, ge=1)
+    encoder_hidden_size: int | None = Field(default=None, ge=1, le=65536)
     """Hidden width of that network; the base's own width when left out."""
 
     def encoder(self, base: Base, columns: int) -> PrefixEncoder | None:

@@ -55,7 +55,7 @@ class Ptuning(Virtual):
     encoder_reparameterization_type: Literal["MLP", "LSTM", "NONE"] = "MLP"
     """The network: MLP, LSTM as in the paper, or NONE for the tokens themselves, as saved adapters have them."""
 
-    encoder_hidden_size: int | None = Field(default=None, ge=1)
+    encoder_hidden_size: int | None = Field(default=None, ge=1, le=65536)
     """Hidden width of the network; the base's own width when left out."""
 
     encoder_num_layers: int = Field(default=2, ge=1)

@@ -35,8 +35,11 @@ class PtuningV2(Attended):
         counts = {site.role: site.layer + 1 for site in base.sites if site.heads and site.layer is not None}
         least = min(counts[site.role] for site in sites)
         if self.last_layers > least:
-            raise UsageError(f"last_layers: {self.last_layers} of {least} layers")
-        return [site for site in sites if site.layer is not None and site.layer >= counts[site.role] - self.last_layers]
+            raise UsageError(f"last_layers: {self.last_layers}, and {base.name} has {least} layers")
+        last = [site for site in sites if site.layer is not None and site.layer >= counts[site.role] - self.last_layers]
+        if not last:
+            raise UsageError(f"target_modules names nothing in the last_layers, {self.last_layers}", "give one of them")
+        return last
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from graft import __version__
 from graft.errors import DamagedError, GraftError, RecipeError, UsageError
-from graft.files import whole_folder, write_json, write_text
+from graft.files import sha256_of, whole_folder, write_json, write_text
 from graft.methods.base import Method, method_of, methods, read_method
 from graft.methods.folder import without_base_layers
 from graft.model import Base
@@ -29,9 +29,6 @@ from graft.parts.head import Pooling, TaskHead, adapter_head, default_pooling, s
 
 _TASKS = {"encoder": "FEATURE_EXTRACTION", "decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
 """peft's task_type of an adapter without a head. Without one peft loads a prefix or virtual tokens and ignores them."""
-_PROBE_TOLERANCE = 0.02
-"""Largest difference of a probe's outputs, relative to their size (at least 1): fp32 and bf16 kernels of different
-machines stay far below, another base or a lost tensor far above."""
 
 
 def save(adapter: Adapter, base: Base, folder: Path, card: str = "") -> str | None:
@@ -41,8 +38,11 @@ def save(adapter: Adapter, base: Base, folder: Path, card: str = "") -> str | No
     """
     method = method_of(adapter)
     kept = method.saved_as(adapter)
+    training = adapter.training
+    adapter.eval()  # P-tuning's tokens would be a sample of its network's dropout
     config, tensors = method.to_folder(adapter, base)
-    unserved = _not_in_vllm(adapter, kept, tensors)
+    adapter.train(training)
+    unserved = _not_in_vllm(adapter, kept, base, tensors)
     head = adapter_head(adapter)
     if head is not None:
         tensors |= head_tensors(head, method.head_prefix)
@@ -67,8 +67,9 @@ def save(adapter: Adapter, base: Base, folder: Path, card: str = "") -> str | No
         stored = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
         save_file(stored, work / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(work / "adapter_config.json", config)
-        write_json(work / "graft.json", about)
-        write_text(work / "README.md", card or _card(method, base, unserved))
+        write_json(work / "graft.json", about | {"sha256": sha256_of(work / "adapter_model.safetensors")})
+        read = not str(config["peft_type"]).startswith("GRAFT_")
+        write_text(work / "README.md", card or _card(method, base, read, unserved))
         _check_written(work / "adapter_model.safetensors", stored)
     return unserved
 
@@ -96,6 +97,8 @@ def load(base: Base, folder: Path | str, name: str | None = None) -> Adapter:
         adapter.head = _read_head(base, about, tensors, method, source)
     head_keys = set(head_tensors(adapter.head, method.head_prefix)) if isinstance(adapter.head, TaskHead) else set()
     method.load(adapter, base, {key: value for key, value in tensors.items() if key not in head_keys}, source)
+    if "sha256" in about and about["sha256"] != sha256_of(folder / "adapter_model.safetensors"):
+        raise DamagedError(f"{source}: adapter_model.safetensors is not what was saved", "copy the folder again")
     attach(base, adapter)
     adapter.eval()
     if about.get("probe"):
@@ -110,14 +113,18 @@ def method_class(folder: Path | str) -> type[Method]:
     return type(_stated(about, str(folder))) if "method" in about else _reader(config, str(folder))
 
 
-def _not_in_vllm(adapter: Adapter, method: Method, tensors: dict[str, Tensor]) -> str | None:
-    """Why vLLM cannot serve a folder; None when it can, as it does for plain LoRA by default."""
+def _not_in_vllm(adapter: Adapter, method: Method, base: Base, tensors: dict[str, Tensor]) -> str | None:
+    """Why vLLM cannot serve a folder; None when it can, as it does for plain LoRA on decoders by default."""
+    if base.family.kind != "decoder":
+        return "it serves adapters of decoders only"
     if not method.in_vllm or any(site.columns is not None for site, _ in adapter.placed):
         return "it reads plain LoRA adapters of whole matrices only"
     if adapter.head is not None:
         return "the adapter has a task head"
     if any(site.role in ("head", "embed") for site, _ in adapter.placed):
         return "the adapter changes the embeddings or the output layer"
+    if method.settings().get("rank_pattern") or method.settings().get("alpha_pattern"):
+        return "it reads one rank and one scale for all modules"
     rank = max(tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A.weight"))
     return f"rank {rank} is above 16, unless it is started with --max-lora-rank {rank}" if rank > 16 else None
 
@@ -238,7 +245,7 @@ def _check_probe(base: Base, adapter: Adapter, stored: list[list[float]], source
     now = torch.tensor(_probe(base, adapter))
     then = torch.tensor(stored)
     largest = float((now - then).abs().max()) if now.shape == then.shape else float("inf")
-    if not largest <= _PROBE_TOLERANCE * max(1.0, float(then.abs().max())):
+    if not largest <= method_of(adapter).probe_tolerance * max(1.0, float(then.abs().max())):
         detach(base, adapter.name)
         raise DamagedError(
             f"{source}: outputs on fixed ids differ by {largest:.3g} from those when it was saved",
@@ -298,10 +305,11 @@ def _public_name(name: str) -> str:
     return Path(name).name if Path(name).is_absolute() or name.startswith((".", "~")) else name
 
 
-def _card(method: Method, base: Base, unserved: str | None) -> str:
-    vllm = f"vLLM cannot serve it: {unserved}." if unserved else "vLLM can serve it."
+def _card(method: Method, base: Base, read_by_peft: bool, unserved: str | None) -> str:
+    served = "peft reads this folder. " if read_by_peft else "peft does not read this folder. "
+    served += f"vLLM cannot serve it: {unserved}." if unserved else "vLLM can serve it."
     return (
         f"---\nbase_model: {_public_name(base.name)}\nlibrary_name: graft\ntags: [{method.name}]\n---\n\n"
         f"A `{method.name}` adapter for `{_public_name(base.name)}`, trained with Graft.\n\n"
-        f"Method: {method.source}.\n\n{vllm}\n"
+        f"Method: {method.source}.\n\n{served}\n"
     )

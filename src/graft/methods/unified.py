@@ -33,7 +33,7 @@ class Unified(Method):
     act: Literal["relu", "gelu", "silu", "tanh", "none"] = "relu"
     """The nonlinearity; with none, a parallel bypass at a linear is LoRA with biases."""
 
-    width: int = Field(default=64, ge=1)
+    width: int = Field(default=64, ge=1, le=65536)
     """Width of the bypass."""
 
     scale: float = Field(default=4.0, gt=0, allow_inf_nan=False)

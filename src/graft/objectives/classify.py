@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graft.data.batch import evaluation_batches, pad
@@ -69,11 +69,18 @@ class Classify(Objective):
         unused = {module for site in base.sites if site.role == "head" for module in site.leave.modules()}
         if head.pooling != "pooler":
             unused |= {module for path, module in base.modules_by_path.items() if "pooler" in path.split(".")}
+        before = _trainable(adapter)
         used = {id(p) for site, part in adapter.placed if site.leave not in unused for p in part.parameters()}
         for site, part in adapter.placed:
             for parameter in part.parameters():
                 if site.leave in unused and id(parameter) not in used:  # a tied output head trains as embeddings
                     parameter.requires_grad_(False)
+        if before and not _trainable(adapter):
+            places = ", ".join(sorted({site.role for site, _ in adapter.placed}))
+            raise UsageError(
+                f"{adapter.method.name} sits at {places} only, which is not used with pooling {head.pooling!r}",
+                "choose sites inside the layers, or another pooling",
+            )
 
     def weight(self, examples: Sequence[Example]) -> float:
         """The number of rows."""
@@ -109,6 +116,12 @@ class Classify(Objective):
             if report:
                 report("evaluating", (number + 1) / len(batches))
         return Result(sum(correct) / len(correct), loss / len(correct), correct)
+
+
+def _trainable(adapter: Adapter) -> bool:
+    """Whether anything but the head trains."""
+    named = adapter.named_tensors(head=False)
+    return any(isinstance(tensor, nn.Parameter) and tensor.requires_grad for _, tensor in named)
 
 
 def collate(base: Base, examples: Sequence[Example]) -> dict[str, Tensor]:

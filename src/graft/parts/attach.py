@@ -49,14 +49,16 @@ class Host:
         self.after: list[Socket] = []
         self.busy = False
         self.handles: list[Any] = [module.register_forward_hook(self._leave, with_kwargs=True)]
+        self.watches_input = False
 
     def add(self, site: Site, name: str, part: Part) -> None:
         """Put the part of adapter `name` at `site`."""
         if part.does("own"):
             self.own[name] = part
         if part.does("before"):
-            if not self.before:
+            if not self.watches_input:  # once for good: a second hook would change the input twice
                 self.handles.append(self.module.register_forward_pre_hook(self._enter, with_kwargs=True))
+                self.watches_input = True
             self.before[name] = part
         if part.does("after"):
             socket = next((socket for socket in self.after if socket.site is site), None)
@@ -179,9 +181,14 @@ def attach(base: Base, adapter: Adapter) -> None:
             f"{alone!r} trains the base in place, so it must be the only adapter",
             "give the method `exclusive: false`",
         )
+    if any(base.modules_by_path.get(site.path) is not site.leave for site, _ in adapter.placed):
+        raise UsageError(f"{adapter.name!r} was built for another base", "build it, or load it, for this one")
     base.adapters[adapter.name] = adapter
     base.router.order.append(adapter.name)
     adapter.to(base.device)
+    adapter.train(base.model.training)
+    _lodge(base.model, f"shared_{adapter.name}", adapter.shared)
+    _lodge(base.model, f"head_{adapter.name}", adapter.head)
     if adapter.exclusive:
         base.exclusive = adapter.name
     else:
@@ -190,12 +197,25 @@ def attach(base: Base, adapter: Adapter) -> None:
     _refresh(base)
 
 
-def _place(base: Base, site: Site, name: str, part: Part) -> None:
-    lodging = site.leave._modules.setdefault("graft", nn.ModuleDict())
+def _lodge(host: nn.Module, key: str, module: nn.Module | None) -> None:
+    """Make a module part of its host, so that what is done to the host reaches it."""
+    if module is None:
+        return
+    lodging = host._modules.setdefault("graft", nn.ModuleDict())
     assert isinstance(lodging, nn.ModuleDict)
-    if site.key not in lodging:
-        lodging[site.key] = nn.ModuleDict()
-    lodging[site.key][f"adapter_{name}"] = part  # type: ignore[operator]
+    lodging[key] = module
+
+
+def _unlodge(host: nn.Module, key: str) -> None:
+    lodging = host._modules.get("graft")
+    if isinstance(lodging, nn.ModuleDict):
+        lodging._modules.pop(key, None)
+        if not len(lodging):
+            del host._modules["graft"]
+
+
+def _place(base: Base, site: Site, name: str, part: Part) -> None:
+    _lodge(site.leave, f"{site.key}_{name}", part)
     if part.does("own") or part.does("before") or part.does("after"):
         host = site.leave.__dict__.get(_HOST)
         if host is None:
@@ -224,13 +244,9 @@ def detach(base: Base, name: str) -> Adapter:
         slot = slot_at(module)
         if slot is not None:
             slot.parts.pop(name, None)
-        lodging = module._modules.get("graft")
-        if isinstance(lodging, nn.ModuleDict) and site.key in lodging:
-            lodging[site.key]._modules.pop(f"adapter_{name}", None)
-            if not len(lodging[site.key]):  # type: ignore[arg-type]
-                del lodging[site.key]
-            if not len(lodging):
-                del module._modules["graft"]
+        _unlodge(module, f"{site.key}_{name}")
+    for kind in ("shared", "head"):
+        _unlodge(base.model, f"{kind}_{name}")
     close_slots(base)
     _refresh(base)
     return adapter
@@ -246,7 +262,8 @@ def _refresh(base: Base) -> None:
     # torch guards no hooks: code compiled before would go on without the new parts. Each adapter alone, the
     # plain base and mixed batches are graphs of their own; past the limit torch would run eagerly without a word.
     torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = max(8, 4 * (len(base.adapters) + 2))
+    graphs = sum(max((part.graphs for _, part in adapter_of(base, name).placed), default=1) for name in base.adapters)
+    torch._dynamo.config.recompile_limit = max(8, 4 * (len(base.adapters) + 2), 8 + graphs)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
@@ -352,7 +369,10 @@ def _check_merge(base: Base, placed: list[_Placed]) -> None:
             if path not in own or own[path][0].shape != value.shape:
                 raise DamagedError(f"{site.name} merges into {path}, which the base does not have in that shape")
             parameter, name, names = own[path]
-            others = changed.setdefault(name, set()) - {adapter.name}
+            changed.setdefault(name, set())
+            host = name.rpartition(".")[0]
+            others = {who for key, by in changed.items() if key.rpartition(".")[0] == host for who in by}
+            others -= {adapter.name}
             if part.reads_weight and others:
                 raise NotMergeable(
                     f"{adapter.name!r} depends on the base's own {name}, which {min(others)!r} changes before it",

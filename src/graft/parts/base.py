@@ -33,8 +33,11 @@ class Part(nn.Module):
     """Whether this part's attention is one of pieces of a row: it then comes after all others, and sees their keys."""
 
     reads_weight: ClassVar[bool] = False
-    """Whether the result depends on the host's weight itself, not only on its output: such a part cannot be merged
-    after another one that changed the weight."""
+    """Whether the result depends on the host's weight or bias itself, not only on its output: such a part cannot be
+    merged after another one that changed them."""
+
+    graphs: int = 1
+    """Graphs that compiled code makes of this part: it is called in so many ways."""
 
     def before(self, x: Tensor) -> Tensor:
         """The input [B, S, d_in] to use instead of x. What other parts see as the site's input is the new one."""
@@ -139,4 +142,5 @@ def at_dtype_of(x: Tensor, weight: Tensor) -> Tensor:
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters(remove_duplicate=False)
-    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in module.state_dict())
+    kept = module.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in kept)

@@ -38,5 +38,5 @@ class BypassPart(Part):
         delta = F.linear(middle, self.up.weight, self.up.bias).to(y.dtype) * self.scale
         if self.gate is None:
             return y + delta
-        share = torch.tanh(self.gate).to(y.dtype)
-        return (1 - share) * y + share * delta
+        share = torch.tanh(self.gate)
+        return ((1 - share) * y + share * delta).to(y.dtype)
