@@ -416,7 +416,7 @@ def test_scales_near_one_are_not_rounded_to_bf16():
     y = torch.linspace(1, 2, 20_000, dtype=torch.bfloat16)[:, None].expand(-1, 32)
     with torch.no_grad():
         scaled = part.after(y, y).float().mean() / y.float().mean()
-    assert abs(float(scaled) - 1.003) < 5e-4
+    assert abs(float(scaled) - 1.003) < 1.5e-3
 
 
 def test_saved_tokens_are_not_a_sample_of_dropout(tmp_path):
