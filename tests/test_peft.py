@@ -697,7 +697,7 @@ def test_a_failed_load_leaves_what_was_attached(folders, tmp_path):
     store.load(base, folders["mine"], "good")
     before = from_graft(base, "llama", False)
     shutil.copytree(folders["mine"], tmp_path / "bad")
-    add(LORA_A, 0.5)(tmp_path / "bad")
+    about(probe=[[9.0] * 8] * 2)(tmp_path / "bad")
     with pytest.raises(DamagedError, match="differ by"):
         store.load(base, tmp_path / "bad")
     assert list(base.adapters) == base.router.order == ["good"]

@@ -515,7 +515,7 @@ THEIRS: dict[str, Fault] = {
         setting("rank_pattern", {"q_proj": 3}),
         ["of 12 tensors 4 of another shape (layers.0.attn.q.lora_A, layers.0.attn.q.lora_B"],
     ),
-    "rank 0": ("rslora", setting("rank_pattern", {"q_proj": 0}), ["r: 0 is not from 1 to 32"]),
+    "rank 0": ("rslora", setting("rank_pattern", {"q_proj": 0}), ["rank_pattern: 0 is not from 1 to 32"]),
     "rank beyond any size": ("rslora", setting("r", 500), ["r: 500 is not from 1 to 32, the size of layers.0.attn.q"]),
     "alpha 0": ("rslora", setting("lora_alpha", 0), ["lora_alpha: Input should be greater than 0"]),
     "ranks by regular expression": ("dora", setting("rank_pattern", {"(a+)+b": 4}), ["rank_pattern has the regular"]),
