@@ -209,7 +209,9 @@ def results_page() -> str:
         "Kept comparisons, with their recipes. Quality is accuracy on test rows, with its 95 % interval; forgetting is the worst of"
         " two retrieval probes, in points of recall@10; *other texts* is the mean accuracy on tweets, product reviews and editorials"
         " without training on them. Verdicts are paired over the same test rows (and seeds), Holm-adjusted. The machines are shared"
-        " and noisy: `movie-reviews` ran on one thread beside other work, so of its times only the order of size means something.",
+        " and noisy: `movie-reviews` ran on one thread beside other work, and of `all-methods` two trials at a time, on one thread each,"
+        " beside other work, so of their times only the order of size means something. *rate* is the learning rate, each method's own"
+        " default from the sweeps in [log.md](log.md); `movie-reviews` has the defaults of an earlier sweep.",
         "This page is written by `make docs` from `docs/results/`.",
     ]
     for path in sorted((HERE / "results").glob("*.json")):
