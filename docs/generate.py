@@ -156,7 +156,7 @@ def described(comparison: dict[str, Any]) -> str:
     machine, data = comparison["environment"], comparison["data"]
     seeds = comparison["seeds"]
     return (
-        f"`{comparison['command']}`, {comparison['created'][:10]}: {data['train']:,} training rows, {data['test']:,} test rows, "
+        f"`{comparison['command']}`, {comparison['created'][:10]}, commit {(machine['commit'] or 'unknown')[:7]}: {data['train']:,} training rows, {data['test']:,} test rows, "
         f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}; {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB, {machine['dtype']} ({machine['dtype_reason']}); Python {machine['python']}, "
         f"torch {machine['torch']}, transformers {machine['transformers']}."
@@ -211,7 +211,8 @@ def results_page() -> str:
         " without training on them. Verdicts are paired over the same test rows (and seeds), Holm-adjusted. The machines are shared"
         " and noisy: `movie-reviews` ran on one thread beside other work, and of `all-methods` two trials at a time, on one thread each,"
         " beside other work, so of their times only the order of size means something. *rate* is the learning rate, each method's own"
-        " default from the sweeps in [log.md](log.md); `movie-reviews` has the defaults of an earlier sweep.",
+        " default from the sweeps in [log.md](log.md); `movie-reviews` has the defaults of an earlier sweep. Since the commit of `all-methods`, DoRA and (IA)³ keep their scales in fp32 in"
+        " bf16 runs, and DyLoRA draws its ranks from seed and step: their rows can differ a little from what the code gives now.",
         "This page is written by `make docs` from `docs/results/`.",
     ]
     for path in sorted((HERE / "results").glob("*.json")):

@@ -41,8 +41,8 @@ class Assessor:
         self.watch("evaluating on the test rows", 0.0)
         size = self.recipe.training.per_device_eval_batch_size
         with self.accelerator.autocast():
-            examples = self.examples(base, self.splits.test)
-            tested = self.recipe.objective.evaluate(base, examples, adapter.name, size)
+            tests = self.examples(base, self.splits.test)
+            tested = self.recipe.objective.evaluate(base, tests, adapter.name, size)
             probes = self._probes(base, adapter.name)
             transfer: dict[str, float] = {}
             for name in self.recipe.transfer:
@@ -50,7 +50,7 @@ class Assessor:
                 examples = self.examples(base, transfer_rows(self.recipe, self.splits.labels, name))
                 transfer[name] = self.recipe.objective.evaluate(base, examples, adapter.name, size).quality
         figures = {"correct": tested.correct, "probes": probes, "transfer": transfer}
-        figures["by_rank"] = by_rank(adapter, lambda: self._quality(base, examples, adapter.name))
+        figures["by_rank"] = by_rank(adapter, lambda: self._quality(base, tests, adapter.name))
         return figures | self._latencies(base, adapter, mergeable)
 
     def untouched(self, base: Base) -> dict[str, Any]:
