@@ -18,7 +18,7 @@ test: .venv/installed-dev check ## every check and test
 	@$(BIN)/pytest -n 2 --dist loadfile
 
 test-fast: .venv/installed-dev ## the tests of a few seconds each
-	@$(BIN)/pytest -x -q -m "not slow"
+	@$(BIN)/pytest -x -q -n 2 --dist loadfile -m "not slow"
 
 check: .venv/installed-dev ## formatting, lint and types
 	@$(BIN)/ruff format --check .
