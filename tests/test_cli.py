@@ -493,9 +493,17 @@ def test_fault_of_graft_is_one_line_too(graft, recipe, tmp_path, monkeypatch):
         cli.main()
 
 
-def test_out_of_memory(graft, recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to …"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    ],
+)
+def test_out_of_memory(graft, recipe, tmp_path, monkeypatch, error):
     def broken(*_: Any) -> None:
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr(Classify, "loss", broken)
     refused(graft("train", recipe, "-o", tmp_path / "out", "--quiet"), 3, "out of memory; use smaller batches")

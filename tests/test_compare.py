@@ -341,6 +341,7 @@ def read(*given: Any) -> list[Any]:
 def test_labels_say_how_methods_differ():
     assert labels(read("lora", "full")) == ["lora", "full"]
     assert labels(read("lora", {"name": "lora", "r": 16}, "full")) == ["lora r=8", "lora r=16", "full"]
+    assert labels(read("adalora", {"name": "adalora", "tinit": 0})) == ["adalora", "adalora tinit=0"]
     linear = {"name": "lora", "target_modules": ["attn.q", "mlp.up"]}
     assert labels(read("lora", {"name": "lora", "use_rslora": True}, linear)) == [
         "lora",

@@ -431,3 +431,8 @@ def test_whole_sections_come_before_settings_in_them(order):
 def test_a_list_is_no_method():
     with pytest.raises(RecipeError, match="give a name"):
         read_recipe(None, ["method=[lora]"], text="model: m\ndata: {train: x}\n")
+
+
+def test_the_nearest_name_is_one_of_other_case():
+    with pytest.raises(RecipeError, match="did you mean 'lora'"):
+        read_recipe(None, ["method=LoRA"], text="model: m\ndata: {train: x}\n")

@@ -442,3 +442,18 @@ def test_one_changed_bit_of_a_saved_adapter_is_found(tmp_path):
     path.write_bytes(data)
     with pytest.raises(DamagedError, match=r"adapter_model.safetensors is not what was saved"):
         store.load(make("bert"), tmp_path / "a")
+
+
+def test_compiled_layers_take_every_rank_of_dylora():
+    base, given = make("bert"), batch(padded=None)
+    adapter = put(base, "dylora", r=16)
+    plain = []
+    for rank in range(1, 17):
+        adapter.method.use_rank(adapter, rank)
+        plain.append(hidden(base, given, "dylora").last)
+    for layer in base.body.encoder.layer:
+        layer.compile(backend="eager")
+    for rank in range(1, 17):
+        adapter.method.use_rank(adapter, rank)
+        torch.testing.assert_close(hidden(base, given, "dylora").last, plain[rank - 1], atol=1e-5, rtol=1e-5)
+    detach(base, "dylora")

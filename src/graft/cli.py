@@ -34,8 +34,6 @@ app.add_typer(assets_app, name="assets")
 # typer carries a copy of click, in earlier versions click itself: their common error is found through typer.
 _ClickUsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
-_OUT_OF_MEMORY = "out of memory; use smaller batches, shorter rows or a smaller adapter"
-
 Assignments = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's.")
 ]
@@ -434,8 +432,6 @@ def main() -> None:
         code = _say(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         code = _say("interrupted; the same command starts again and repeats no finished trial", 130)
-    except MemoryError:
-        code = _say(_OUT_OF_MEMORY, 3)
     except BrokenPipeError:
         code = 0
     except OSError as error:
@@ -443,11 +439,17 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("GRAFT_DEBUG"):
             raise
-        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):  # PyTorch's RuntimeErrors
-            code = _say(_OUT_OF_MEMORY, 3)
-            sys.exit(code)
-        code = _say(f"{type(error).__name__}: {error}; this is a fault of Graft, GRAFT_DEBUG=1 shows where", 1)
+        if _is_memory(error):
+            code = _say("out of memory; use smaller batches, shorter rows or a smaller adapter", 3)
+        else:
+            code = _say(f"{type(error).__name__}: {error}; this is a fault of Graft, GRAFT_DEBUG=1 shows where", 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether memory ran out, which PyTorch says in a RuntimeError, with other words on CUDA than on the CPU."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
 
 
 def _say(message: str, code: int) -> int:
