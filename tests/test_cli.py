@@ -20,6 +20,7 @@ import yaml
 
 from graft import __version__, cli
 from graft import compare as comparing
+from graft.cli import commands as command_line
 from graft.methods.base import methods
 from graft.model import load_base
 from graft.objectives.classify import Classify
@@ -181,13 +182,13 @@ def test_nohup_stays_in_force(graft):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         seen = []
-        original = cli.app
-        cli.app = lambda **_: seen.append((signal.getsignal(signal.SIGHUP), signal.getsignal(signal.SIGTERM)))
+        original = command_line.app
+        command_line.app = lambda **_: seen.append((signal.getsignal(signal.SIGHUP), signal.getsignal(signal.SIGTERM)))
         try:
             graft("--version")
         finally:
-            cli.app = original
-        assert seen == [(signal.SIG_IGN, cli._interrupt)]
+            command_line.app = original
+        assert seen == [(signal.SIG_IGN, command_line._interrupt)]
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -686,13 +687,13 @@ def test_a_damaged_run_does_not_hide_the_others(tmp_path, capsys):
 
 
 def test_a_comparison_refuses_settings_that_it_never_reads():
-    from graft import cli
+    from graft.cli import runs
     from graft.errors import RecipeError
 
     recipe = str(Path(__file__).parents[1] / "recipes" / "demo.yaml")
     for given in ("r=4", "seed=3", "method=full"):
         with pytest.raises(RecipeError, match="a comparison reads methods and seeds"):
-            cli._compare(recipe, [given], Path("never"), False, True)
+            runs._compare(recipe, [given], Path("never"), False, True)
 
 
 def test_one_target_needs_no_list():

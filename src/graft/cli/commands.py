@@ -1,0 +1,97 @@
+"""The command line: each command is one call of a public function. Heavy modules are imported when a command runs."""
+
+import io
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from graft import __version__
+from graft.cli import look, runs
+from graft.errors import GraftError
+
+app = typer.Typer(
+    help="A fine-tuning workbench: compare methods on your own model and data, then train the one that wins.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command()(runs.demo)
+app.command()(runs.compare)
+app.command()(runs.train)
+app.command(name="eval")(runs.evaluate)
+app.command()(runs.merge)
+app.command()(runs.runs)
+app.command()(look.methods)
+app.command()(look.schema)
+app.add_typer(look.assets_app, name="assets")
+
+# typer carries a copy of click, in earlier versions click itself: their common error is found through typer.
+_ClickUsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"graft {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run a command; every error of Graft becomes one line and its exit code."""
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP, and nohup has it ignored
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that wait for each other by spinning starve on a shared machine: beside other processes on two cores,
+    # 20 steps of full fine-tuning took 60 s and more, against 7 to 12 s when they sleep. PyTorch reads it when loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every locale has "●"
+    try:
+        code = app(standalone_mode=False)
+        if code == 130:  # typer's word for an interrupt, in earlier versions Abort
+            raise KeyboardInterrupt
+    except _ClickUsageError as error:
+        said = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+        code = _say(f"{said}; `graft --help` lists what there is", 2)
+    except GraftError as error:
+        code = _say(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _say("interrupted; the same command starts again and repeats no finished trial", 130)
+    except BrokenPipeError:
+        code = 0
+    except OSError as error:
+        code = _say(f"{error.filename or 'the system'}: {error.strerror or error}", 3)
+    except Exception as error:
+        if os.environ.get("GRAFT_DEBUG"):
+            raise
+        if _is_memory(error):
+            code = _say("out of memory; use smaller batches, shorter rows or a smaller adapter", 3)
+        else:
+            code = _say(f"{type(error).__name__}: {error}; this is a fault of Graft, GRAFT_DEBUG=1 shows where", 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether memory ran out, which PyTorch says in a RuntimeError, with other words on CUDA than on the CPU."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+
+
+def _say(message: str, code: int) -> int:
+    print(f"graft: {' '.join(message.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,102 @@
+"""What the commands share: their common options, reading a recipe, and bars on a terminal."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from graft.recipe import Recipe
+
+Assignments = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's.")
+]
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML recipe; - reads it from standard input.")]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write; runs/… when left out.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output, and nothing else there.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the recipe and print every setting, then stop.")]
+
+
+def given_recipe(source: str, assignments: list[str] | None, quiet: bool = False) -> "Recipe":
+    """The recipe of a command line; `-` reads it from standard input."""
+    from graft.recipe import read_recipe
+
+    text = sys.stdin.read() if source == "-" else None
+    note = None if quiet else lambda line: typer.echo(line, err=True)
+    return read_recipe(source if source != "-" else None, assignments or [], text, note)
+
+
+def stem(recipe: str) -> str:
+    """What a recipe is called, for the folder of its run."""
+    return "run" if recipe == "-" else Path(recipe).stem
+
+
+def as_cell(value: Any) -> str:
+    """A value in a table."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return {True: "yes", False: "no", None: ""}.get(value, str(value)) if not isinstance(value, str) else value
+
+
+def terminal(stderr: bool = False) -> "Console":
+    """rich's view of standard output, or of standard error."""
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+@contextmanager
+def run_bar(silent: bool) -> Iterator[Callable[[str, float], None]]:
+    """A bar on a terminal, with what is being done and the time left; nothing elsewhere."""
+    console = terminal(stderr=True)
+    if silent or not console.is_terminal:
+        yield lambda phase, fraction: None
+        return
+    with _progress(console) as progress:
+        task = progress.add_task("starting", total=1.0)
+        yield lambda phase, fraction: progress.update(task, completed=fraction, description=phase)
+
+
+@contextmanager
+def comparison_bar() -> Iterator[Callable[[int, int, str, str, float], None]]:
+    """A bar over all trials on a terminal; elsewhere a line as each trial starts."""
+    console = terminal(stderr=True)
+    if not console.is_terminal:
+        started: list[str] = []
+
+        def tell(done: int, total: int, name: str, phase: str, share: float) -> None:
+            if name and (not started or started[-1] != name):
+                started.append(name)
+                typer.echo(f"trial {done + 1} of {total}: {name}", err=True)
+
+        yield tell
+        return
+    with _progress(console) as progress:
+        task = progress.add_task("starting", total=1.0)
+
+        def watch(done: int, total: int, name: str, phase: str, share: float) -> None:
+            what = f"{done + 1}/{total} {name}: {phase}" if name else phase
+            progress.update(task, completed=(done + share) / total, description=what)
+
+        yield watch
+
+
+def _progress(console: "Console") -> Any:
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    return Progress(
+        TextColumn("{task.description}", table_column=Column(ratio=3, no_wrap=True, overflow="ellipsis")),
+        BarColumn(bar_width=None, table_column=Column(ratio=1)),
+        TaskProgressColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+        expand=True,
+        transient=True,
+        speed_estimate_period=600,
+    )
