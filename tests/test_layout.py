@@ -14,10 +14,13 @@ import graft
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "graft"
 ORDER_WITHIN = {
-    "data": ["files", "rows", "load", "batch"],
+    "data": [
+        "files", "dialogue", "rows", "formats", "tasks", "load", "render", "supervise", "batch", "check", "clean",
+    ],  # fmt: skip
     "parts": ["base", "attention", "tokens", "attach", "own", "lowrank", "bypass", "prefix", "experts", "head"],
     "methods": ["folder", "base", "linears", "lowrank", "mixture", "attended", "virtual", "*", "store", "table"],
     "objectives": ["base", "*"],
+    "cli": ["shared", "runs", "look", "data", "chat", "commands"],
     "train": ["precision", "optim", "guards", "checkpoint", "loop"],
 }
 """Reading order inside the folders; * stands for the methods and objectives, which know nothing of each other."""
