@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-fast check docs clean help
+.PHONY: demo demo-chat test test-fast check docs clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -12,6 +12,10 @@ help: ## this list
 demo: .venv/installed ## compare six methods on a real model and real data (about ten minutes, fetches 90 MB)
 	@$(BIN)/graft assets pull
 	@$(BIN)/graft demo
+
+demo-chat: .venv/installed-chat ## tune a chat model on a task, compare it with its base, ask it (ten minutes, fetches 100 MB)
+	@$(BIN)/graft assets pull smollm2-135m
+	@$(BIN)/graft demo --chat
 
 test: .venv/installed-dev check ## every check and test
 	@$(BIN)/graft assets pull
@@ -40,6 +44,11 @@ clean: ## remove .venv and caches
 .venv/installed: .venv/python pyproject.toml constraints.txt
 	@echo "installing Graft and what it needs (torch is about 200 MB)"
 	@$(INSTALL) -e .
+	@touch $@
+
+.venv/installed-chat: .venv/installed
+	@echo "installing what chat models need"
+	@$(INSTALL) -e '.[chat]'
 	@touch $@
 
 .venv/installed-dev: .venv/installed

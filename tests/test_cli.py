@@ -373,7 +373,7 @@ def test_model_that_is_a_file_or_a_run(graft, recipe, run, tmp_path):
         (["target_modules=[q_prj]"], "'q_prj'"),
         (["target_modules=[attn.q, attn.z]"], "'attn.z'"),
         (["layers_to_transform=[7]"], "layers_to_transform: no layer 7, the base has 0 to 1"),
-        (["max_length=49"], "max_length: 49 of 48 positions"),
+        (["max_length=49"], "max_length 49 exceeds the 48 positions"),
         (["method=prefix", "num_virtual_tokens=48"], "num_virtual_tokens: 48 of 48 positions"),
         (["method=prefix", "num_virtual_tokens=30"], "max_length 24 and 30 virtual tokens exceed the 48 positions"),
         (["method=prompt", "num_virtual_tokens=30"], "max_length 24 and 30 virtual tokens exceed the 48 positions"),

@@ -170,9 +170,9 @@ FAULTS = {
     "NUL escape": ("a.jsonl", GOOD + '{"text": "a\\u0000b", "label": 1}', 2, "NUL", "remove it"),
     "UTF-16 without mark": ("a.jsonl", GOOD.encode("utf-16-le"), 1, "NUL", "UTF-8"),
     "cut UTF-16": ("a.jsonl", (GOOD + BAD).encode("utf-16")[:-1], 2, "damaged UTF-16", "UTF-8"),
-    "gzip": ("a.jsonl", b"\x1f\x8b\x08\0", 1, "gzip", "unpack"),
+    "gzip": ("a.jsonl", b"\x1f\x8b\x08\0", 1, "gzip", "fetch or pack"),
     "parquet": ("a.jsonl", b"PAR1\0", 1, "Parquet", "convert"),
-    "other kind": ("a.txt", GOOD, None, "'.txt', allowed are .jsonl, .json, .csv, .tsv", "convert"),
+    "other kind": ("a.doc", GOOD, None, "'.doc', allowed are .jsonl, .json, .csv, .tsv, .txt, .parquet", "convert"),
 }
 
 
@@ -228,8 +228,8 @@ def test_file_that_changes_while_read(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", GOOD)
     original = files._records
 
-    def growing(given: Path):
-        yield from original(given)
+    def growing(given: Path, faults: object):
+        yield from original(given, faults)
         write(path, GOOD + BAD)
 
     monkeypatch.setattr(files, "_records", growing)

@@ -26,8 +26,7 @@ from graft.methods import store
 from graft.methods.base import Method, Progress, read_method
 from graft.methods.lora import Lora
 from graft.model import Base
-from graft.objectives.base import Example
-from graft.objectives.classify import Classify
+from graft.objectives.classify import Classify, LabelledExample
 from graft.parts.attach import attach, detach, merge_into
 from graft.parts.lowrank import LoraPart
 from graft.train.loop import Trainer, Training, make_accelerator
@@ -990,7 +989,8 @@ def test_malora_has_fewer_parameters_than_molora():
 # The training loop --------------------------------------------------------------------------------
 
 ROWS = [
-    Example([5 + i % 2, 11 + i % 7, 20 + i % 5, 30 + i % 3][: 4 - i % 3], None, i % 2, f"row {i}") for i in range(24)
+    LabelledExample([5 + i % 2, 11 + i % 7, 20 + i % 5, 30 + i % 3][: 4 - i % 3], None, i % 2, f"row {i}")
+    for i in range(24)
 ]
 
 

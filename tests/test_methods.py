@@ -21,8 +21,7 @@ from graft.generate import generate
 from graft.methods import store
 from graft.methods.base import Method, Progress, method_of, methods, read_method
 from graft.model import load_base
-from graft.objectives.base import Example
-from graft.objectives.classify import Classify
+from graft.objectives.classify import Classify, LabelledExample
 from graft.parts.attach import attach, detach, merge_into
 from graft.parts.head import scores
 from graft.routing import Route
@@ -111,7 +110,7 @@ def test_training_moves_what_trains_and_nothing_else(base, family, method):
     objective = Classify(head_dropout=0.0)
     objective.prepare(base, adapter, ("no", "yes"))
     attach(base, adapter)
-    rows = [Example([3 + i, 5 + 2 * i, 7, 11 + i, 13 + 7 * i][: 5 - i % 2], None, i % 2, "") for i in range(6)]
+    rows = [LabelledExample([3 + i, 5 + 2 * i, 7, 11 + i, 13 + 7 * i][: 5 - i % 2], None, i % 2, "") for i in range(6)]
     started = {name: tensor.detach().clone() for name, tensor in adapter.trainable()}
     assert started
     adapter.eval()
@@ -251,7 +250,7 @@ def test_exclusive_equals_its_own_values(family, method):
         torch.manual_seed(1)
         objective.prepare(base, adapter, ("no", "yes"))
         attach(base, adapter)
-        rows = [Example([3 + i, 5, 7 + i], None, i % 2, "") for i in range(4)]
+        rows = [LabelledExample([3 + i, 5, 7 + i], None, i % 2, "") for i in range(4)]
         optimizer = torch.optim.SGD([tensor for _, tensor in adapter.trainable()], lr=0.1)
         for _ in range(2):
             objective.loss(base, rows, "tuned").total.backward()

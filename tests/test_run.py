@@ -22,7 +22,7 @@ from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from graft import run as running
 from graft import runfolder
-from graft.assess import Assessor
+from graft.assess import LabelAssessor
 from graft.data.batch import training_batches
 from graft.data.load import read_all
 from graft.errors import DamagedError, DataError, GraftError, GuardError, RecipeError, ResourceError, UsageError
@@ -66,13 +66,13 @@ def done(place) -> dict[str, Done]:
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         seen: list[torch.Tensor] = []
-        logits = Assessor.logits
+        logits = LabelAssessor.logits
 
         def spy(*given: Any) -> torch.Tensor:
             seen.append(logits(*given))
             return seen[-1]
 
-        patch.setattr(Assessor, "logits", spy)
+        patch.setattr(LabelAssessor, "logits", spy)
         for name in methods():
             seen.clear()
             method = {"name": name, "learning_rate": RATES[name]} | SHORTER.get(name, {})
@@ -109,9 +109,10 @@ def fails(kind: type[GraftError], code: int, recipe: Recipe, folder: Path) -> st
 def test_run_folder_is_complete(done, name):
     folder = done[name].folder
     entries = {entry.name for entry in folder.iterdir()} - {".lock"}
-    documented = set(re.findall(r"(?<=  )[a-z]+(?:\.[a-z]+|/)(?=  )", runfolder.__doc__.replace("runs/NAME/", "")))
-    assert entries == {entry.rstrip("/") for entry in documented}
-    assert entries == runfolder.FILES - {".lock"}
+    documented = set(re.findall(r"(?<=  )[a-z]+(?:\.[a-z]+|/)(?= )", runfolder.__doc__.replace("runs/NAME/", "")))
+    documented = {entry.rstrip("/") for entry in documented}
+    assert documented == runfolder.FILES - {".lock"}
+    assert entries == documented - {"answers.jsonl", "skipped.jsonl"}
     assert {file.name for file in (folder / "adapter").iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "graft.json",
     }  # fmt: skip
@@ -157,7 +158,7 @@ def test_log_says_what_the_run_did(done):
 FIELDS = {
     "method", "quality", "quality_low", "quality_high", "trainable_parameters", "trainable_fraction",
     "peak_memory_bytes", "train_seconds", "examples_per_second", "adapter_bytes", "latency_ms", "merged_latency_ms",
-    "learning_rate", "curve", "probes", "transfer", "by_rank",
+    "learning_rate", "curve", "probes", "transfer", "by_rank", "metric", "figures", "forgetting_unit",
 }  # fmt: skip
 
 
@@ -270,15 +271,14 @@ from graft.model import load_base
 from graft.objectives.classify import collate
 from graft.parts.head import scores
 from graft.recipe import Recipe
-from graft.data.load import load_splits
 from graft.config import read_yaml
 found = {}
 for folder in sys.argv[1:]:
     recipe = Recipe.parse(read_yaml(folder + "/recipe.yaml"))
     base = load_base(recipe.model)
     store.load(base, folder + "/adapter", "read")
-    splits = load_splits(recipe.data)
-    examples = recipe.objective.examples(splits.validation[:8], base, splits.labels, recipe.data.max_length)
+    splits = recipe.objective.load(recipe.data)
+    examples = recipe.objective.examples(splits.validation[:8], base.tokenizer, splits.labels, recipe.max_length)
     with torch.no_grad():
         found[recipe.method.name] = scores(base, collate(base, examples), "read").tolist()
 print(json.dumps(found))
@@ -300,11 +300,11 @@ def test_saved_adapters_give_the_same_scores_in_a_new_process(done):
 
 def trainer(recipe: Recipe, checkpoints: Path | None = None, **training: Any) -> tuple[Trainer, list[Any], list[Any]]:
     """A trainer without dropout, and its examples."""
-    splits = running.load_splits(recipe.data)
+    splits = recipe.objective.load(recipe.data)
     base = load_base(recipe.model)
     objective = recipe.objective
     train, validation = (
-        objective.examples(rows, base, splits.labels, recipe.data.max_length)
+        objective.examples(rows, base.tokenizer, splits.labels, recipe.max_length)
         for rows in (splits.train, splits.validation)
     )
     adapter = build_adapter(recipe, recipe.method, base, splits.labels)
@@ -604,8 +604,8 @@ def drop(monkeypatch, qualities: list[float]) -> list[dict[str, torch.Tensor]]:
     original = Classify.evaluate
     seen: list[dict[str, torch.Tensor]] = []
 
-    def evaluate(self: Any, base: Any, examples: Any, entry: Any, *rest: Any) -> Result:
-        result = original(self, base, examples, entry, *rest)
+    def evaluate(self: Any, base: Any, examples: Any, entry: Any, *rest: Any, **more: Any) -> Result:
+        result = original(self, base, examples, entry, *rest, **more)
         if len(seen) == len(qualities):
             return result
         adapter = base.adapters[entry]
@@ -719,10 +719,10 @@ def test_checkpoint_damaged_in_a_run(place, tmp_path, monkeypatch):
     drop(monkeypatch, [0.9, 0.1, 0.1, 0.1])
     inner = Classify.evaluate
 
-    def evaluate(self: Any, *given: Any) -> Result:
+    def evaluate(self: Any, *given: Any, **more: Any) -> Result:
         for path in folder.glob("checkpoints/step-*"):
             damage(path, "altered")
-        return inner(self, *given)
+        return inner(self, *given, **more)
 
     monkeypatch.setattr(Classify, "evaluate", evaluate)
     message = fails(DamagedError, 5, tiny.recipe(place), folder)
@@ -823,7 +823,7 @@ def test_run_holds_its_folder(place, tmp_path):
         held.append(phase)
 
     execute(tiny.recipe(place, training={"max_steps": 2}), tmp_path / "run", watch)
-    assert held[0] == "loading the base"
+    assert held[0] == "reading the rows"
     with (tmp_path / "run" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -867,7 +867,7 @@ def test_interrupted_run_starts_again(done, tmp_path):
     assert execute(recipe, folder)["quality"] == done["lora"].report["quality"]
     assert tensors(folder) == tensors(done["lora"].folder)
     assert len(lines(folder / "metrics.jsonl")) == 30
-    assert {entry.name for entry in folder.iterdir()} == runfolder.FILES
+    assert {entry.name for entry in folder.iterdir()} == runfolder.FILES - {"answers.jsonl", "skipped.jsonl"}
 
 
 def test_failed_run_starts_again(place, tmp_path, monkeypatch):
@@ -951,7 +951,7 @@ def test_max_length_over_the_positions(place, tmp_path):
     settings = tiny.settings(place)
     settings["data"]["max_length"] = 49
     message = fails(UsageError, 2, Recipe.parse(settings), tmp_path / "run")
-    assert "max_length: 49 of 48 positions" in message
+    assert "max_length 49 exceeds the 48 positions" in message
     assert list(tmp_path.iterdir()) == []
 
 

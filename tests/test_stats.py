@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
+import scipy.stats
 from scipy.stats import binomtest, norm
 
 from graft.errors import UsageError
-from graft.stats import compare_pair, holm, interval, verdicts
+from graft.stats import Interval, compare_pair, holm, interval, verdicts
 
 
 def answers(rng, quality, seeds=3, items=400, luck=0.0, noise=0.6):
@@ -204,7 +205,7 @@ def test_holm_by_hand():
     "bad",
     [
         [[0, 1, 2]],
-        [[0.5, 1]],
+        [[-0.5, 1]],
         [[float("nan"), 1]],
         [],
         [[]],
@@ -215,7 +216,7 @@ def test_holm_by_hand():
         [[None, 1]],
     ],
 )
-def test_what_is_not_0_and_1_is_refused(bad):
+def test_what_is_outside_0_to_1_is_refused(bad):
     with pytest.raises(UsageError, match="expected"):
         interval(bad)
     with pytest.raises(UsageError, match="expected"):
@@ -234,3 +235,48 @@ def test_unlike_shapes_are_refused():
 def test_nothing_to_compare_is_refused():
     with pytest.raises(UsageError, match="no results"):
         verdicts({})
+
+
+# Scores between 0 and 1 ---------------------------------------------------------------------------
+
+
+def graded(seeds: int, items: int, seed: int, shift: float = 0.0) -> np.ndarray:
+    """Scores of items of unlike difficulty."""
+    rng = np.random.default_rng(seed)
+    difficulty = np.random.default_rng(99).uniform(0.2, 0.8, items)
+    return np.clip(difficulty + shift + rng.normal(0, 0.1, (seeds, items)), 0, 1)
+
+
+def test_the_interval_of_scores_of_one_seed_is_students():
+    scores = graded(1, 40, 1)
+    found = interval(scores)
+    expected = scipy.stats.t.interval(0.95, 39, scores.mean(), scipy.stats.sem(scores[0]))
+    assert (found.low, found.high) == pytest.approx(expected)
+    assert found.mean == pytest.approx(scores.mean())
+    assert interval([[0.5]]) == Interval(0.5, 0.0, 1.0)
+
+
+def test_the_pair_of_scores_of_one_seed_is_the_paired_t_test():
+    a, b = graded(1, 60, 1, 0.03), graded(1, 60, 2)
+    found = compare_pair(a, b)
+    expected = scipy.stats.ttest_rel(a[0], b[0])
+    assert found.p == pytest.approx(expected.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
+    turned = compare_pair(b, a)
+    assert (turned.difference, turned.p) == pytest.approx((-found.difference, found.p))
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_scores_that_are_far_apart_are_told_apart_and_equal_ones_are_not(seeds):
+    assert compare_pair(graded(seeds, 100, 1, 0.2), graded(seeds, 100, 2)).p < 0.001
+    alike = [compare_pair(graded(seeds, 100, number), graded(seeds, 100, 50 + number)).p for number in range(40)]
+    assert sum(p < 0.05 for p in alike) <= 6
+    same = graded(seeds, 30, 1)
+    assert compare_pair(same, same).p == 1.0
+
+
+def test_the_interval_of_scores_holds_luck():
+    lucky = graded(3, 50, 1) + np.array([[0.1], [0.0], [-0.1]])
+    plain = interval(graded(3, 50, 1))
+    wide = interval(np.clip(lucky, 0, 1))
+    assert wide.high - wide.low > 1.5 * (plain.high - plain.low)

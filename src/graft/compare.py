@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.assess import check_probes
-from graft.data.load import Splits, load_splits
+from graft.data.load import Splits
 from graft.errors import DamagedError, GraftError, RecipeError
 from graft.files import write_json, write_text
 from graft.methods.base import Method, check_pairs
@@ -114,9 +114,9 @@ def compare(recipe: Recipe, folder: Path, watch: Watch | None = None, command: s
     A trial that fails costs its row. Raises what is wrong with the recipe, the data or the folder before any
     trial starts.
     """
-    splits = load_splits(recipe.data)
+    check_pairs(recipe.methods, recipe.model, recipe.objective.refuses)
+    splits = recipe.objective.load(recipe.data)
     check_probes(recipe, splits.labels)
-    check_pairs(recipe.methods, recipe.model)
     planned = trials(recipe, folder)
     _check_folder(recipe, folder, planned, splits)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
@@ -245,10 +245,11 @@ def assemble(recipe: Recipe, planned: Sequence[Trial], causes: dict[str, str], c
         "title": f"Fine-tuning {environment['model']['name']} on {recipe.data.train}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command or shlex.join(sys.argv),
-        "model": environment["model"] | {"architecture": "encoder"},
+        "model": environment["model"],
         "data": _data(recipe),
         "objective": recipe.objective.name,
         "metric": recipe.objective.metric,
+        "forgetting_unit": next(iter(reports.values())).get("forgetting_unit", "points"),
         "seeds": recipe.seeds,
         "environment": environment["machine"],
         "recipe": recipe.resolved(),
@@ -269,7 +270,7 @@ _WHOLE = ("trainable_parameters", "peak_memory_bytes", "adapter_bytes")
 
 
 def _nothing() -> dict[str, Any]:
-    return dict.fromkeys(_FIGURES) | {"forgetting": {}, "transfer": {}, "by_rank": {}, "curve": []}
+    return dict.fromkeys(_FIGURES) | {"forgetting": {}, "transfer": {}, "by_rank": {}, "curve": [], "figures": {}}
 
 
 def _row(
@@ -282,10 +283,16 @@ def _row(
     measured = interval(correct)
     figures = {name: _mean([report.get(name) for report in reports]) for name in _FIGURES[3:]}
     by_rank = {rank: _mean([report["by_rank"][rank] for report in reports]) for rank in reports[0].get("by_rank", {})}
+    # A share that falls is forgotten in points, a loss that rises in nats.
+    factor = -1 if reports[0].get("forgetting_unit") == "nats" else 100
     forgetting = {
-        name: 100 * (base["probes"][name] - value)
+        name: factor * (base["probes"][name] - value)
         for name in recipe.forgetting
         if base and (value := _mean([report["probes"][name] for report in reports])) is not None
+    }
+    further = {
+        name: _mean([report.get("figures", {}).get(name) for report in reports])
+        for name in reports[0].get("figures", {})
     }
     return {
         "label": label,
@@ -300,6 +307,7 @@ def _row(
         **figures,
         **{name: round(value) for name in _WHOLE if (value := figures[name]) is not None},
         "forgetting": forgetting,
+        "figures": further,
         "transfer": {name: _mean([report["transfer"][name] for report in reports]) for name in recipe.transfer},
         "curve": reports[0]["curve"],
     }
@@ -311,7 +319,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _data(recipe: Recipe) -> dict[str, Any]:
-    splits = load_splits(recipe.data)
+    splits = recipe.objective.load(recipe.data)
     return {
         "name": recipe.data.train,
         "train": len(splits.train),
@@ -322,18 +330,29 @@ def _data(recipe: Recipe) -> dict[str, Any]:
 
 
 def _notes(recipe: Recipe) -> list[str]:
+    labelled = recipe.objective.unit == "labelled"
+    samples = recipe.probe_samples or (2500 if labelled else 200)
     notes = [
         "The untouched base classifies by the nearest mean embedding of the training rows of each label; "
         "nothing in it is trained."
+        if labelled
+        else "The untouched base gets the same prompts through the same chat template; nothing in it is trained."
     ]
-    if recipe.forgetting:
+    if recipe.forgetting and labelled:
         notes.append(
             "Forgetting: recall@10 of finding another sentence of the same document among up to "
-            f"{recipe.probe_samples:,} sentences by mean-pooled embeddings, base minus tuned, in points."
+            f"{samples:,} sentences by mean-pooled embeddings, base minus tuned, in points."
+        )
+    elif recipe.forgetting:
+        notes.append(
+            f"Forgetting: mean loss of up to {samples:,} texts, or of the answers of a task, tuned minus base, in nats "
+            "per token."
         )
     if recipe.transfer:
-        notes.append("Transfer: accuracy of the tuned classifier on texts of other kinds, without training on them.")
+        what = "accuracy of the tuned classifier on texts of other kinds" if labelled else "quality on other data"
+        notes.append(f"Transfer: {what}, without training on them.")
     notes.append(
-        "Peak memory is that of the training process, with the libraries it loads. Latency is of one row at a time."
+        "Peak memory is that of the training process, with the libraries it loads. Latency is of "
+        + ("one row at a time." if labelled else "one generated token at batch 1, the prompt's pass included.")
     )
     return notes

@@ -60,6 +60,11 @@ def as_points(value: float) -> str:
     return f"{round(value, 1) + 0.0:.1f}".replace("-", "−")  # + 0.0 turns -0.0 into 0.0
 
 
+def as_nats(value: float) -> str:
+    """Nats per token, with a minus sign."""
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
+
+
 def as_p(p: Any) -> str:
     """A p value."""
     if as_number(p) is None:
@@ -172,10 +177,22 @@ SERVING = [
     column("Latency, ms", "latency,\nms", as_plain, "latency_ms"),
     column("Latency merged, ms", "merged,\nms", as_plain, "merged_latency_ms"),
 ]
-BESIDE = [
-    computed("", "forgets,\npoints", as_points, lambda row: (worst_probe(row) or [None])[0]),
-    computed("", "transfer,\n%", as_percent, mean_transfer),
+FIGURES = [
+    column("Loss", "loss", as_plain, "figures", "loss"),
+    column("Perplexity", "perplexity", as_plain, "figures", "perplexity"),
+    column("Answers ended, %", "ended, %", as_percent, "figures", "ended"),
 ]
+
+
+def beside(unit: str) -> list[Column]:
+    """What a comparison shows beside quality: forgetting, counted in `unit`, and transfer."""
+    show = as_points if unit == "points" else as_nats
+    return [
+        computed("", f"forgets,\n{unit}", show, lambda row: (worst_probe(row) or [None])[0]),
+        computed("", "transfer,\n%", as_percent, mean_transfer),
+    ]
+
+
 REST = [
     column("Trained, %", "", lambda share: f"{100 * share:.3g}", "trainable_fraction"),
     column("Learning rate", "", lambda rate: f"{rate:.3g}".replace("e-0", "e-"), "learning_rate"),

@@ -16,13 +16,13 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelFor
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
+from graft.data.render import Renderer
 from graft.errors import DamagedError, ModelError, NotMergeable, RecipeError, UsageError, nearest
 from graft.files import folder_bytes, whole_folder
 from graft.methods import store
 from graft.methods.base import Method, method_of, read_method
 from graft.model import Base, load_base, locate, signature_of
-from graft.objectives.base import Example
-from graft.objectives.classify import collate
+from graft.objectives.classify import LabelledExample, collate
 from graft.parts.attach import attach, detach, merge_into
 from graft.parts.base import Adapter
 from graft.parts.head import TaskHead, adapter_head, pool
@@ -116,6 +116,7 @@ def merge_run(
     base = load_base(source.model)
     tell("loading the adapter", 0.25)
     adapter = store.load(base, source.adapter, _NAME)
+    _take_template(base, source.adapter)
     method = method_of(adapter)
     if rank is None and method.ranks():
         rank = method.ranks()[-1]
@@ -247,7 +248,7 @@ def _batch(base: Base) -> dict[str, Tensor]:
     encoded = base.tokenizer(list(SENTENCES), truncation=True, max_length=longest, return_attention_mask=False)
     kinds = encoded.get("token_type_ids", [None] * len(SENTENCES))
     pairs = zip(encoded["input_ids"], kinds, strict=True)
-    return collate(base, [Example(ids, kind, 0, "") for ids, kind in pairs])
+    return collate(base, [LabelledExample(ids, kind, 0, "") for ids, kind in pairs])
 
 
 @torch.no_grad()
@@ -261,6 +262,16 @@ def _outputs(base: Base, name: str | None, head: TaskHead | None) -> dict[str, T
         hidden = base.hidden(batch)
     found = {"token ids": batch["input_ids"][real], "hidden states": hidden.last[real].float()}
     return found if head is None else found | {"scores": head(pool(hidden, head.pooling)).float()}
+
+
+def _take_template(base: Base, adapter: Path) -> None:
+    """Give the base the chat template that the adapter was trained through, and every id that ends a turn in it."""
+    path = adapter / store.TEMPLATE
+    if not path.exists() or base.tokenizer is None:
+        return
+    base.tokenizer.chat_template = path.read_text(encoding="utf-8")
+    # A model stops at the ids of its generation configuration; the end of a turn is often another one than eos.
+    base.model.generation_config.eos_token_id = sorted(Renderer(base.tokenizer).stop_ids)
 
 
 def _write(base: Base, plan: _Plan, folder: Path) -> dict[str, tuple[int, int]]:

@@ -141,16 +141,18 @@ class Base:
     def hidden(self, batch: Mapping[str, Tensor]) -> Hidden:
         """Hidden states of the current route for `input_ids` [B, S] and `attention_mask` [B, S].
 
-        An encoder-decoder reads the row on both sides (the decoder shifted right, as transformers' sequence
+        Packed rows bring `position_ids` [B, S] and a mask [B, 1, S, S] of what each token may see. An encoder-decoder reads the row on both sides (the decoder shifted right, as transformers' sequence
         classifiers do) and gives the decoder's states.
         """
         mask = batch["attention_mask"]
         inputs = {
-            key: value for key, value in batch.items() if key in ("input_ids", "attention_mask", "token_type_ids")
+            key: value
+            for key, value in batch.items()
+            if key in ("input_ids", "attention_mask", "token_type_ids", "position_ids")
         }
         if self.family.kind == "encoder-decoder":
             return self._decoder_hidden(inputs, mask)
-        if bool((mask[:, 0] == 0).any()):
+        if "position_ids" not in inputs and bool((mask[:, 0] == 0).any()):
             # Left padding: transformers counts positions from the pad, so a row's result would depend on its batch.
             inputs["position_ids"] = self.position_ids(mask)
         if self.family.kind == "decoder":
@@ -267,6 +269,20 @@ def _attempt(name: str, source: str, what: str, call: Callable[[], Any]) -> Any:
         ) from error
 
 
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base, as `load_base` gives it, without the weights. Raises what `load_base` raises."""
+    return _tokenizer(name, locate(name))
+
+
+def _tokenizer(name: str, source: str) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = _attempt(
+        name, source, "tokenizer", lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def _load(name: str, source: str, dtype: torch.dtype) -> Base:
     kind = _read_family(name, source).kind
     factory = {
@@ -274,9 +290,7 @@ def _load(name: str, source: str, dtype: torch.dtype) -> Base:
         "decoder": AutoModelForCausalLM,
         "encoder-decoder": AutoModelForSeq2SeqLM,
     }[kind]
-    tokenizer = _attempt(
-        name, source, "tokenizer", lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    )
+    tokenizer = _tokenizer(name, source)
 
     def weights() -> Any:
         with torch.random.fork_rng():
@@ -299,8 +313,6 @@ def _load(name: str, source: str, dtype: torch.dtype) -> Base:
             f"{name}: the tokenizer has {len(tokenizer)} tokens, the model embeddings for {vectors}",
             "take the tokenizer that belongs to the model",
         )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return Base(model.eval(), tokenizer, name, fresh=missing)
 
 
@@ -323,21 +335,25 @@ def _instead_of(kind: Any, inner: Any) -> str:
 
 
 def locate(name: str) -> str:
-    """The folder or hub id of a base; a starter model is fetched when it is not there yet.
+    """The folder or hub id of a base; a starter model is fetched when it is not there yet, a GGUF file converted.
 
-    Raises `ModelError` when there is no such folder, or files are missing in it.
+    Raises `ModelError` when there is no such folder, or files are missing in it, and what `assets.converted` raises.
     """
     if name in assets.ASSETS and assets.ASSETS[name].kind == "model":
         return str(assets.folder(name))
     path = Path(name).expanduser()
     if path.is_dir():
         return _checked_folder(name, path)
+    single = path.suffix.lower() == ".gguf"
+    if single and path.is_file():
+        return _checked_folder(name, assets.converted(path, known=FAMILIES))
     if path.exists():
-        raise ModelError(f"{name} is a file, a base model is a folder, a hub id or a starter name")
-    local = name.startswith((".", "/", "~")) or name.count("/") != 1
+        raise ModelError(f"{name} is a file, a base model is a folder, a .gguf file, a hub id or a starter name")
+    local = single or name.startswith((".", "/", "~")) or name.count("/") != 1
     if local:
         starters = [key for key, asset in assets.ASSETS.items() if asset.kind == "model"]
-        raise ModelError(f"{name}: no such model folder", f"starter models: {', '.join(starters)}")
+        what = "file" if single else "folder"
+        raise ModelError(f"{name}: no such model {what}", f"starter models: {', '.join(starters)}")
     return name
 
 

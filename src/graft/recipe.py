@@ -95,13 +95,15 @@ class Recipe(Config):
     """Seeds that `graft compare` runs each method with."""
 
     forgetting: list[str] = Field(default_factory=lambda: ["news-editorials", "product-reviews"])
-    """Texts to probe retrieval on: the ids of their rows are document_sentence."""
+    """What to probe for forgetting: starter texts (retrieval among their sentences in classification, next-token loss
+    otherwise) and, for language models, starter tasks as `task:NAME` (loss of the answers)."""
 
     transfer: list[str] = Field(default_factory=list)
-    """Other data with the same labels to classify without training on them."""
+    """Other data to evaluate on without training on them: with the same labels, or other dialogues or texts."""
 
-    probe_samples: int = Field(default=2500, ge=20)
-    """At most this many rows of each probe and transfer set."""
+    probe_samples: int | None = Field(default=None, ge=20)
+    """At most this many rows of each probe and transfer set; when left out, 2,500 for classification and 200
+    otherwise."""
 
     @model_validator(mode="after")
     def _distinct_seeds(self) -> "Recipe":
@@ -120,6 +122,11 @@ class Recipe(Config):
             if isinstance(name, str) and name in known:
                 found[section] = known[name]
         return found
+
+    @property
+    def max_length(self) -> int:
+        """Tokens per row."""
+        return self.data.max_length or self.objective.max_length
 
     def resolved(self) -> dict[str, Any]:
         """Every setting, in the form that `parse` reads."""

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graft.figures import (
-    BESIDE,
+    FIGURES,
     MEMORY,
     QUALITY,
     REST,
@@ -32,10 +32,12 @@ from graft.figures import (
     as_bytes,
     as_count,
     as_html,
+    as_nats,
     as_number,
     as_p,
     as_percent,
     as_points,
+    beside,
     cause_of,
     columns_of,
     is_done,
@@ -70,7 +72,7 @@ def write_report(comparison: Mapping[str, Any], path: Path) -> None:
         "title": as_html(comparison.get("title") or "Comparison of methods"),
         "css": (assets / "report.css").read_text(encoding="utf-8"),
         "summary": " ".join(map(as_html, summary(comparison))),
-        "table": _table(rows),
+        "table": _table(comparison),
         "legend": "".join(f"<li>{_key(mark)} {mark['name']}</li>" for mark in _marks(rows) if mark["done"]),
         "qualities": as_html("; ".join(f"{row['label']} {QUALITY.text(row)}" for row in rows if is_done(row))),
         "matrix": _matrix(comparison),
@@ -131,11 +133,19 @@ def _safe(value: Any) -> Any:
     return escape(one_line(value), quote=False) if isinstance(value, str) else as_number(value)
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _unit(comparison: Mapping[str, Any]) -> str:
+    """What forgetting is counted in: points, or nats per token."""
+    return str(comparison.get("forgetting_unit") or "points")
+
+
+def _table(comparison: Mapping[str, Any]) -> str:
     """Header and rows of the figures; `data-value` is what a click on a header sorts by."""
-    forgetting = columns_of("forgetting", "Forgetting on {}, points", as_points, rows)
+    rows, unit = comparison["rows"], _unit(comparison)
+    forgetting = columns_of(
+        "forgetting", f"Forgetting on {{}}, {unit}", as_points if unit == "points" else as_nats, rows
+    )
     transfer = columns_of("transfer", "Transfer to {}, %", as_percent, rows)
-    columns = [*TRAINING, *SERVING, *forgetting, *transfer, *REST]
+    columns = [*TRAINING, *FIGURES, *SERVING, *forgetting, *transfer, *REST]
     columns = [column for column in columns if any(column.value(row) is not None for row in rows)]
     heads = ["Method", *(column.head for column in columns)]
     buttons = (f'<th scope="col"><button type="button">{as_html(head)}</button></th>' for head in heads)
@@ -208,9 +218,14 @@ def terminal_table(comparison: Mapping[str, Any], width: int | None = None) -> G
     A column without any figure is left out. Why a method failed stands in `summary`.
     """
     rows = comparison["rows"]
-    beside = SERVING + BESIDE
+    losses = beside(_unit(comparison))
+    second = (
+        SERVING[1:] + FIGURES + losses
+        if any(column.value(row) for column in FIGURES for row in rows)
+        else SERVING + losses
+    )
     tables = []
-    for block in [TRAINING + beside] if width and width >= 130 else [TRAINING, beside]:
+    for block in [TRAINING + second] if width and width >= 130 else [TRAINING, second]:
         columns = [column for column in block if any(column.value(row) is not None for row in rows)]
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
         table.add_column("method", overflow="fold", vertical="bottom", max_width=24)
@@ -219,7 +234,7 @@ def terminal_table(comparison: Mapping[str, Any], width: int | None = None) -> G
         for row in rows:
             cells = [column.text(row) for column in columns] if is_done(row) else ["failed"]
             table.add_row(Text(one_line(row["label"])), *map(Text, cells))
-        if set(columns) & set(BESIDE):
+        if any(column in losses for column in columns):
             table.caption = "forgets: on the worst probe; transfer: mean of data sets"
         if columns:
             tables.append(table)
@@ -237,7 +252,7 @@ def summary(comparison: Mapping[str, Any]) -> list[str]:
     ps = [verdict["p"] for verdict in against.values() if verdict.get("outcome") == "tie"]
     behind = [label for label, verdict in against.items() if verdict.get("outcome") == "better"]
     leaders = [best, *(row for row in rows if against.get(row["label"], {}).get("outcome") == "tie")]
-    said = [*_leading(leaders, ps, behind), *_cheapest(leaders), *_forgetting(rows), *_ranks(rows)]
+    said = [*_leading(leaders, ps, behind), *_cheapest(leaders), *_forgetting(rows, _unit(comparison)), *_ranks(rows)]
     return [*map(one_line, said), *_failures(comparison["rows"])]
 
 
@@ -271,15 +286,16 @@ def _cheapest(leaders: list[Row]) -> list[str]:
     return [f"Among the leaders, {'; '.join(parts)}."] if parts else []
 
 
-def _forgetting(rows: list[Row]) -> list[str]:
+def _forgetting(rows: list[Row], unit: str) -> list[str]:
     trained = (row for row in rows if row.get("method") != "base")
     losses = [(row["label"], worst) for row in trained if (worst := worst_probe(row))]
     if not losses:
         return []
     label, (points, probe) = max(losses, key=lambda pair: pair[1])
-    if points < 0.05:
+    if points < (0.05 if unit == "points" else 0.005):
         return ["No method lost quality on a probe."]
-    return [f"{label} forgot most: {as_points(points)} points on {probe}."]
+    lost = f"{as_points(points)} points" if unit == "points" else f"{as_nats(points)} nats per token"
+    return [f"{label} forgot most: {lost} on {probe}."]
 
 
 def _ranks(rows: list[Row]) -> list[str]:

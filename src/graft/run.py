@@ -3,8 +3,9 @@
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from graft.assess import Assessor, by_rank, check_probes
-from graft.data.load import Row, Splits, load_splits, read_rows
+from graft.assess import assessor, by_rank, check_probes
+from graft.data.load import Splits, read_rows, rows_of
 from graft.errors import DamagedError, RecipeError, UsageError
-from graft.files import folder_bytes, write_json
+from graft.files import write_json, write_text
 from graft.measure import PeakMemory, environment
 from graft.methods import store
 from graft.methods.base import Method, check_pairs
-from graft.model import Base, load_base
+from graft.model import Base, load_base, load_tokenizer
 from graft.objectives.base import Example
 from graft.parts.attach import attach, detach
 from graft.parts.base import Adapter
@@ -65,9 +66,9 @@ def execute(
     was bad.
     """
     folder = RunFolder(path)
-    splits = load_splits(recipe.data)
+    check_pairs([recipe.method] if recipe.method is not None else [], recipe.model, recipe.objective.refuses)
+    splits = recipe.objective.load(recipe.data)
     check_probes(recipe, splits.labels)
-    check_pairs([recipe.method] if recipe.method is not None else [], recipe.model)
     with folder.open(recipe.resolved(), recipe.to_yaml()) as fresh:
         if not fresh:
             folder.check_data(splits.sha256)
@@ -118,20 +119,34 @@ def _record_environment(run: _Run, base: Base) -> None:
     write_json(run.folder.path / "env.json", {"machine": machine, "model": model, "data": data})
 
 
-def _examples(run: _Run, base: Base, rows: list[Row]) -> list[Example]:
-    return run.recipe.objective.examples(rows, base, run.splits.labels, run.recipe.data.max_length)
-
-
 def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, Any]:
+    def tell(line: str) -> None:
+        run.say(line)
+        say(line)
+
+    # Before the weights: rows that would train nothing are found in a second, a base may take minutes.
+    run.watch("reading the rows", 0.0)
+    read = partial(run.recipe.objective.examples, tokenizer=load_tokenizer(run.recipe.model), labels=run.splits.labels)
+    for note in run.splits.notes:
+        tell(note)
+    if run.splits.skipped:
+        lines = (json.dumps(asdict(fault), ensure_ascii=False) + "\n" for fault in run.splits.skipped)
+        write_text(run.folder.path / "skipped.jsonl", "".join(lines))
+    train = read(run.splits.train, max_length=run.recipe.max_length, say=tell)
+    validation = read(run.splits.validation, max_length=run.recipe.max_length)
     run.watch("loading the base", 0.0)
     base = load_for(run.recipe, run.precision, run.accelerator.device)
     _record_environment(run, base)
-    train, validation = _examples(run, base, run.splits.train), _examples(run, base, run.splits.validation)
     adapter = build_adapter(run.recipe, method, base, run.splits.labels)
-    _check_positions(base, adapter, run.recipe.data.max_length)
+    _check_positions(base, adapter, run.recipe.max_length)
     for line in preflight(method, base, adapter, train, run.precision):
-        run.say(line)
-        say(line)
+        tell(line)
+
+    def record(point: Point) -> None:
+        run.folder.append("metrics.jsonl", json.dumps(asdict(point), ensure_ascii=False))
+        for line in evaluation_lines(point, run.recipe.objective.metric):
+            tell(line)
+
     memory = PeakMemory(base.device)
     trainer = Trainer(
         base,
@@ -142,33 +157,33 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
         seed=run.recipe.seed,
         accelerator=run.accelerator,
         checkpoints=run.folder.path / "checkpoints",
-        record=lambda point: run.folder.append("metrics.jsonl", json.dumps(asdict(point))),
+        record=record,
         progress=lambda phase, step, total: run.watch(f"{phase}, step {step} of {total}", _TRAINED * step / total),
     )
     fitted = trainer.fit(train, validation)
     peak = memory.bytes()
     run.watch("saving the adapter", _TRAINED)
     saved = run.folder.path / "adapter"
-    unserved = store.save(adapter, base, saved)
+    unserved = store.save(adapter, base, saved, template=run.recipe.objective.template(base.tokenizer))
     if unserved:
         run.say(f"vLLM cannot serve the adapter: {unserved}")
         if base.family.kind == "decoder":
             say(f"vLLM cannot serve the adapter: {unserved}")
-    assessor = Assessor(
+    measuring = assessor(
         run.recipe,
         run.splits,
         run.accelerator,
         lambda phase, share: run.watch(phase, _TRAINED + (1 - _TRAINED) * share),
     )
-    reference = assessor.logits(base, validation[:8], ADAPTER)
+    reference = measuring.logits(base, validation[:8], ADAPTER)
     trainable = adapter.trainable_count()
     total = base.parameter_count() + sum(parameter.numel() for parameter in head_parameters(adapter))
     detach(base, ADAPTER)
     del base, adapter, trainer
     fresh = load_for(run.recipe, run.precision, run.accelerator.device)
     adapter = store.load(fresh, saved, ADAPTER)
-    _check_reloaded(reference, assessor.logits(fresh, validation[:8], ADAPTER), saved)
-    figures = assessor.adapter(fresh, adapter, method.mergeable)
+    _check_reloaded(reference, measuring.logits(fresh, validation[:8], ADAPTER), saved)
+    figures = measuring.adapter(fresh, adapter, method.mergeable)
     return _quality(run, figures) | {
         "method": method.name,
         "trainable_parameters": trainable,
@@ -176,7 +191,7 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
         "peak_memory_bytes": peak,
         "train_seconds": fitted.seconds,
         "examples_per_second": fitted.examples / fitted.seconds,
-        "adapter_bytes": folder_bytes(saved),
+        "adapter_bytes": store.size(saved),
         "learning_rate": method.rate(fresh),
         "curve": _curve(fitted),
         "best_step": fitted.best_step,
@@ -201,14 +216,16 @@ def build_adapter(recipe: Recipe, method: Method, base: Base, labels: tuple[str,
 def _check_positions(base: Base, adapter: Adapter, max_length: int) -> None:
     virtual = adapter.positions + sum(part.positions for part in adapter.virtual_parts())
     if base.max_positions is not None and max_length + virtual > base.max_positions:
+        what = f"{max_length} and {virtual} virtual tokens exceed" if virtual else f"{max_length} exceeds"
         raise UsageError(
-            f"max_length {max_length} and {virtual} virtual tokens exceed the {base.max_positions} positions "
-            f"of {base.name}",
+            f"max_length {what} the {base.max_positions} positions of {base.name}",
             "shorten one of them",
         )
 
 
-def preflight(method: Method, base: Base, adapter: Adapter, train: list[Example], precision: Precision) -> list[str]:
+def preflight(
+    method: Method, base: Base, adapter: Adapter, train: Sequence[Example], precision: Precision
+) -> list[str]:
     """What a run is about to do, in lines."""
     count = adapter.trainable_count()
     total = base.parameter_count() + sum(parameter.numel() for parameter in head_parameters(adapter))
@@ -219,13 +236,33 @@ def preflight(method: Method, base: Base, adapter: Adapter, train: list[Example]
     sites = ", ".join(f"{number} × {role}" for role, number in roles.items())
     lines = [
         f"{method.name} on {base.name}: {count:,} of {total:,} parameters train ({count / total:.2%}), "
-        f"at {sites}, and the head",
+        f"at {sites}" + ("" if adapter.head is None else ", and the head"),
         f"{len(train):,} rows of {lengths[len(lengths) // 2]} tokens in the median, {lengths[-1]} at most",
         f"peak learning rate {method.rate(base):g}; {precision}",
     ]
     if base.fresh:
         lines.append(f"not in the checkpoint, so started at random: {', '.join(base.fresh)}")
     return lines
+
+
+def evaluation_lines(point: Point, metric: str) -> list[str]:
+    """An evaluation within a run, in lines: its figures, and the answers to the same few prompts each time."""
+    if point.quality is None:
+        return []
+    figures = {"loss": f"{point.validation_loss:.3f}", metric: f"{point.quality:.1%}"}
+    if "ended" in point.figures:
+        figures["answers that ended"] = f"{point.figures['ended']:.0%}"
+    lines = [f"step {point.step}: " + ", ".join(f"{name} {value}" for name, value in figures.items())]
+    for sample in point.samples:
+        asked, said, wanted = (_short(sample[key]) for key in ("prompt", "answer", "reference"))
+        lines.append(f"  {asked} -> {said}" + ("" if said == wanted else f" (wanted {wanted})"))
+    return lines
+
+
+def _short(text: str, most: int = 40) -> str:
+    """The end of a text on one line: questions end with what is asked."""
+    line = " ".join(text.split())
+    return repr(line if len(line) <= most else "…" + line[1 - most :])
 
 
 def _check_reloaded(before: torch.Tensor, after: torch.Tensor, folder: Path) -> None:
@@ -261,7 +298,7 @@ def _measure_base(run: _Run) -> dict[str, Any]:
     run.watch("loading the base", 0.0)
     base = load_for(run.recipe, run.precision, run.accelerator.device)
     _record_environment(run, base)
-    figures = Assessor(run.recipe, run.splits, run.accelerator, run.watch).untouched(base)
+    figures = assessor(run.recipe, run.splits, run.accelerator, run.watch).untouched(base)
     costs = dict.fromkeys(("peak_memory_bytes", "train_seconds", "examples_per_second", "learning_rate"))
     nothing = {"trainable_parameters": 0, "trainable_fraction": 0.0, "adapter_bytes": 0, "curve": [], "by_rank": {}}
     return _quality(run, figures) | {"method": "base"} | costs | nothing
@@ -271,8 +308,13 @@ def _quality(run: _Run, figures: dict[str, Any]) -> dict[str, Any]:
     """The figures, with the interval of the quality; which rows were right goes to a file of its own."""
     correct = figures.pop("correct")
     write_json(run.folder.path / "correct.json", {"correct": correct})
+    answers = figures.pop("answers")
+    if answers:
+        lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        write_text(run.folder.path / "answers.jsonl", lines)
     measured = interval([correct])
-    return figures | {"quality": measured.mean, "quality_low": measured.low, "quality_high": measured.high}
+    told = {"metric": run.recipe.objective.metric}
+    return figures | told | {"quality": measured.mean, "quality_low": measured.low, "quality_high": measured.high}
 
 
 def stop_with(parent: int | None) -> None:
@@ -281,18 +323,26 @@ def stop_with(parent: int | None) -> None:
         raise KeyboardInterrupt
 
 
+def _other_rows(recipe: Recipe, source: str) -> list[Any]:
+    unit = recipe.objective.unit
+    if unit == "labelled":
+        return list(read_rows(source, recipe.data.columns, need_label=True))
+    return rows_of(source, recipe.data, unit)
+
+
 def evaluate_run(path: Path, data: str | None = None, watch: Watch | None = None) -> dict[str, Any]:
     """Evaluate a finished run's adapter, read from disk, on its test rows or on the labelled rows of `data`."""
     found = find_run(path)
     recipe = Recipe.parse(found.recipe(), str(found.path / "recipe.yaml"))
     if recipe.method is None:
         raise RecipeError(f"{path} measured the untouched base, so it has no adapter to evaluate")
-    splits = load_splits(recipe.data)
-    rows = splits.test if data is None else read_rows(data, recipe.data.columns, need_label=True)
+    splits = recipe.objective.load(recipe.data)
+    rows = splits.test if data is None else _other_rows(recipe, data)
     accelerator, precision = _prepare(recipe)
     base = load_for(recipe, precision, accelerator.device)
     adapter = store.load(base, found.path / "adapter", ADAPTER)
-    examples = recipe.objective.examples(rows, base, splits.labels, recipe.data.max_length)
+    assert base.tokenizer is not None
+    examples = recipe.objective.examples(rows, base.tokenizer, splits.labels, recipe.max_length)
     size = recipe.training.per_device_eval_batch_size
     with accelerator.autocast():
         result = recipe.objective.evaluate(base, examples, ADAPTER, size, watch)
@@ -307,5 +357,6 @@ def evaluate_run(path: Path, data: str | None = None, watch: Watch | None = None
         "quality_low": measured.low,
         "quality_high": measured.high,
         "loss": result.loss,
+        "figures": result.figures,
         "by_rank": ranks,
     }

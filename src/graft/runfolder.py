@@ -4,7 +4,8 @@ runs/NAME/  recipe.yaml   every setting        env.json       versions, hardware
             status.json   running, done, …     metrics.jsonl  one line per optimizer step
             log.txt       what was printed     checkpoints/   the best step so far
             adapter/      what was trained     report.json    the final figures
-            correct.json  which test rows were right
+            correct.json  the score of each test row
+            answers.jsonl what was generated for them       skipped.jsonl  rows that could not be read
 """
 
 import fcntl
@@ -23,7 +24,7 @@ from graft.files import write_json, write_text
 
 FILES = {
     "recipe.yaml", "env.json", "status.json", "metrics.jsonl", "log.txt", "checkpoints", "adapter", "report.json",
-    "correct.json", ".lock",
+    "correct.json", "answers.jsonl", "skipped.jsonl", ".lock",
 }  # fmt: skip
 
 

@@ -1,6 +1,8 @@
-"""Intervals and paired verdicts for the accuracy of methods that answered the same test rows.
+"""Intervals and paired verdicts for the quality of methods that answered the same test rows.
 
-Every method gives an array of 0 and 1, shape [seeds, items]; items stand in the same order for all.
+Every method gives an array of 0 and 1, or of scores between them, shape [seeds, items]; items stand in the same order
+for all. What is said below of rows that are right or wrong is exact; for scores, means of rows are taken as normal:
+Student's t interval and paired t test for one seed, normal draws in place of resampled rows for several.
 A share or a difference of shares has no unit: 0.01 is one percentage point.
 
 What is claimed depends on the number of seeds:
@@ -26,6 +28,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest
+from scipy.stats import t as student
 
 from graft.errors import UsageError
 
@@ -70,29 +73,44 @@ class Verdict:
 
 
 def interval(correct: ArrayLike) -> Interval:
-    """The share of correct answers with its 95 % interval; `correct` is 0/1, [seeds, items].
+    """The share of correct answers with its 95 % interval; `correct` is 0 to 1, [seeds, items].
 
     One seed: Wilson (JASA 22, 1927). Several seeds: the 2.5 and 97.5 % points of bootstrapped rows plus
     luck with seeds - 1 degrees of freedom, and never narrower than Wilson's interval over one seed's
     rows: more seeds average luck away, not which rows were drawn, and a bootstrap of rows that are all
-    right has no width at all. Raises `UsageError` for anything but 0/1 in two dimensions.
+    right has no width at all. Raises `UsageError` for anything but 0 to 1 in two dimensions.
     """
     answers = _checked(correct)
-    seeds, items = answers.shape
+    seeds = answers.shape[0]
     mean = float(answers.mean())
-    wilson = binomtest(round(mean * items), items).proportion_ci(method="wilson")
+    least, most = _one_seed_interval(answers, mean)
     if seeds == 1:
-        return Interval(mean, float(wilson.low), float(wilson.high))
+        return Interval(mean, least, most)
     rng = np.random.default_rng(_SEED)
-    counts = np.bincount(answers.sum(axis=0), minlength=seeds + 1)
-    draws = mean + _row_deviations(np.arange(seeds + 1) / seeds, counts.astype(float), rng)
+    if _graded(answers):
+        draws = mean + _normal_deviations(answers.mean(axis=0), rng)
+    else:
+        counts = np.bincount(answers.sum(axis=0).astype(int), minlength=seeds + 1)
+        draws = mean + _row_deviations(np.arange(seeds + 1) / seeds, counts.astype(float), rng)
     draws += _luck(_luck_variance(answers), seeds - 1, rng)
     low, high = np.quantile(draws, [ALPHA / 2, 1 - ALPHA / 2])
-    return Interval(mean, float(max(0.0, min(low, wilson.low))), float(min(1.0, max(high, wilson.high))))
+    return Interval(mean, float(max(0.0, min(low, least))), float(min(1.0, max(high, most))))
+
+
+def _one_seed_interval(answers: NDArray[np.float64], mean: float) -> tuple[float, float]:
+    """What the draw of the rows alone leaves open: Wilson's interval, Student's for scores."""
+    items = answers.shape[1]
+    if not _graded(answers):
+        wilson = binomtest(round(mean * items), items).proportion_ci(method="wilson")
+        return float(wilson.low), float(wilson.high)
+    if items == 1:
+        return 0.0, 1.0
+    half = float(student.ppf(1 - ALPHA / 2, items - 1) * answers.mean(axis=0).std(ddof=1) / np.sqrt(items))
+    return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def compare_pair(a: ArrayLike, b: ArrayLike) -> Difference:
-    """The paired difference of two methods, a minus b, both 0/1 [seeds, items]; not adjusted for others.
+    """The paired difference of two methods, a minus b, both 0 to 1 [seeds, items]; not adjusted for others.
 
     One seed: exact McNemar test (binomial over the rows that only one of the two got right) and the
     interval of Agresti and Min (Statistics in Medicine 24, 2005), which adds half a row to each cell.
@@ -100,7 +118,7 @@ def compare_pair(a: ArrayLike, b: ArrayLike) -> Difference:
     0, with one added above and below the line (Davison and Hinkley 1997, ch. 4); the interval inverts it.
     Luck has 2 * (seeds - 1) degrees of freedom, as if both methods were equally lucky. Where only one
     varies and rows hardly matter, that is optimistic: 11 % false positives at three seeds, 7 % at five.
-    A difference of exactly 0 has p = 1. Raises `UsageError` for unlike shapes or values other than 0/1.
+    A difference of exactly 0 has p = 1. Raises `UsageError` for unlike shapes or values outside 0 to 1.
     """
     first, second = _checked(a), _checked(b)
     if first.shape != second.shape:
@@ -109,7 +127,9 @@ def compare_pair(a: ArrayLike, b: ArrayLike) -> Difference:
             "give both methods the same seeds and test rows; repeat an untrained base for every seed",
         )
     seeds = first.shape[0]
-    gaps = first.sum(axis=0) - second.sum(axis=0)
+    if _graded(first) or _graded(second):
+        return _graded_pair(first, second)
+    gaps = (first.sum(axis=0) - second.sum(axis=0)).astype(int)
     difference = float(gaps.mean() / seeds)
     counts = np.bincount(gaps + seeds, minlength=2 * seeds + 1)
     if seeds == 1:
@@ -124,7 +144,7 @@ def verdicts(correct: Mapping[str, ArrayLike]) -> list[Verdict]:
 
     p is adjusted over all pairs by Holm's step-down method (Scandinavian Journal of Statistics 6, 1979),
     so that 5 % bounds the chance that any two equal methods are called different, not the chance for each
-    pair. Raises `UsageError` where `correct` is empty, an array is not 0/1 or shapes differ.
+    pair. Raises `UsageError` where `correct` is empty, an array is not of 0 to 1 or shapes differ.
     """
     if not correct:
         raise UsageError("there are no results to compare")
@@ -182,6 +202,36 @@ def _several_seeds(counts: NDArray[np.int64], difference: float, variance: float
     return float(np.quantile(distance, 1 - ALPHA)), difference, p
 
 
+def _graded(answers: NDArray[np.float64]) -> bool:
+    """Whether there are scores other than 0 and 1."""
+    return not bool(np.isin(answers, (0, 1)).all())
+
+
+def _graded_pair(first: NDArray[np.float64], second: NDArray[np.float64]) -> Difference:
+    """The paired difference of scores."""
+    seeds, items = first.shape
+    gaps = first.mean(axis=0) - second.mean(axis=0)
+    difference = float(gaps.mean())
+    error = float(gaps.std(ddof=1) / np.sqrt(items)) if items > 1 else 0.0
+    if seeds == 1:
+        half = float(student.ppf(1 - ALPHA / 2, max(1, items - 1))) * error
+        p = 2 * float(student.sf(abs(difference) / error, items - 1)) if error else float(difference == 0 or items == 1)
+    else:
+        rng = np.random.default_rng(_SEED)
+        luck = _luck(_luck_variance(first) + _luck_variance(second), 2 * (seeds - 1), rng)
+        distance = np.abs(_normal_deviations(gaps, rng) + luck)
+        p = (1 + int((distance >= abs(difference) - 1e-12).sum())) / (DRAWS + 1)
+        half = float(np.quantile(distance, 1 - ALPHA))
+    return Difference(difference, max(-1.0, difference - half), min(1.0, difference + half), p)
+
+
+def _normal_deviations(means: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+    """Deviations of DRAWS means of rows from their centre, [DRAWS], taken as normal."""
+    error = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else 0.0
+    draws: NDArray[np.float64] = rng.standard_normal(DRAWS) * error
+    return draws
+
+
 def _row_deviations(
     values: NDArray[np.float64], counts: NDArray[np.float64], rng: np.random.Generator
 ) -> NDArray[np.float64]:
@@ -196,7 +246,7 @@ def _row_deviations(
     return deviations
 
 
-def _luck_variance(answers: NDArray[np.int64]) -> float:
+def _luck_variance(answers: NDArray[np.float64]) -> float:
     """Variance over training runs of the mean over seeds."""
     return float(answers.mean(axis=1).var(ddof=1)) / len(answers)
 
@@ -207,14 +257,14 @@ def _luck(variance: float, freedom: int, rng: np.random.Generator) -> NDArray[np
     return draws
 
 
-def _checked(correct: Any, who: str = "") -> NDArray[np.int64]:
-    """`correct` as whole numbers, [seeds, items]."""
+def _checked(correct: Any, who: str = "") -> NDArray[np.float64]:
+    """`correct` as numbers, [seeds, items]."""
     try:
         values = np.asarray(correct)
     except ValueError:
         raise UsageError(f"{who}rows of unlike length, expected [seeds, items]") from None
     if values.ndim != 2 or values.size == 0:
         raise UsageError(f"{who}shape {list(values.shape)}, expected [seeds, items], at least one of each")
-    if values.dtype.kind not in "biuf" or not np.isin(values, (0, 1)).all():
-        raise UsageError(f"{who}expected 0 and 1 (or false and true) only")
-    return values.astype(np.int64)
+    if values.dtype.kind not in "biuf" or not bool(((values >= 0) & (values <= 1)).all()):
+        raise UsageError(f"{who}expected numbers from 0 to 1 (or false and true) only")
+    return values.astype(np.float64)

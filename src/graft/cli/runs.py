@@ -186,9 +186,11 @@ def _demo_recipe() -> str:
 def _run_line(report: dict[str, Any]) -> str:
     interval = f"{report['quality']:.1%} ({report['quality_low']:.1%} to {report['quality_high']:.1%})"
     if report["train_seconds"] is None:
-        return f"the untouched base: accuracy {interval} by nearest centroid"
+        return f"the untouched base: {report['metric']} {interval}" + (
+            " by nearest centroid" if report["metric"] == "accuracy" else ""
+        )
     return (
-        f"{report['method']}: accuracy {interval} on the test rows, {report['trainable_parameters']:,} parameters, "
+        f"{report['method']}: {report['metric']} {interval} on the test rows, {report['trainable_parameters']:,} parameters, "
         f"{report['train_seconds']:.0f} s of training, {report['peak_memory_bytes'] / 2**20:,.0f} MiB at the peak"
     )
 

@@ -1,13 +1,12 @@
 """Rows: the text and label of each record, checked value by value."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from graft.data.files import Record, kind_of
-from graft.errors import DataError
+from graft.data.files import BadRow, Record, kind_of
 
 FIELDS = ("text", "text_pair", "label", "id")
 """The fields of a row that a column can stand for; all other columns are ignored."""
@@ -35,7 +34,7 @@ def make_rows(records: Sequence[Record], columns: Mapping[str, str], need_label:
     """The rows of a file's records; `columns` maps our names to the file's.
 
     The first record decides whether there are pairs and labels; `need_label` demands labels.
-    Raises `DataError` for a record without a needed field or with a value that is no text or label.
+    Raises `BadRow` for a record without a needed field or with a value that is no text or label.
     """
     names = {field: columns.get(field, field) for field in FIELDS}
     expected = {field for field in FIELDS if field in columns or names[field] in records[0].fields}
@@ -45,28 +44,38 @@ def make_rows(records: Sequence[Record], columns: Mapping[str, str], need_label:
         for field in FIELDS[:3]:
             if (names[field] in record.fields) != (field in expected):
                 raise _missing(record, field, names[field], field in expected)
-        values = {field: record.fields.get(names[field]) for field in FIELDS}
-        line = record.place.rpartition(":")[2]
-        given = values["id"]
-        rows.append(
-            Row(
-                text=_text(values["text"], names["text"], record.place),
-                text_pair=_text(values["text_pair"], names["text_pair"], record.place)
-                if "text_pair" in expected
-                else None,
-                label=_label(values["label"], names["label"], record.place) if "label" in expected else None,
-                id=str(given) if isinstance(given, str | int) and given != "" else line,
-                place=record.place,
-            )
-        )
+        rows.append(make_row(record, names, expected))
     return rows
 
 
-def _missing(record: Record, field: str, name: str, expected: bool) -> DataError:
+def make_row(record: Record, names: Mapping[str, str], expected: Container[str]) -> Row:
+    """The row of one record; `names` maps our names to the record's, `expected` are those that are read.
+
+    Raises `BadRow` for a value that is no text or label.
+    """
+    values = {field: record.fields.get(names.get(field, field)) for field in FIELDS}
+    pair = text_value(values["text_pair"], names["text_pair"], record.place) if "text_pair" in expected else None
+    return Row(
+        text=text_value(values["text"], names["text"], record.place),
+        text_pair=pair,
+        label=_label(values["label"], names["label"], record.place) if "label" in expected else None,
+        id=id_of(values["id"], record.place),
+        place=record.place,
+    )
+
+
+def id_of(given: Any, place: str) -> str:
+    """The row's own id when it is a text or a whole number, else the line of its place."""
+    own = isinstance(given, str | int) and not isinstance(given, bool) and given != ""
+    return check_text(str(given), "id", place) if own else place.rpartition(":")[2]
+
+
+def _missing(record: Record, field: str, name: str, expected: bool) -> BadRow:
     """The error for a row without a column that it should have, or with one that the first row lacks."""
     if not expected:
-        return DataError(
-            f"{record.place}: the row has {name!r}, the first row has none",
+        return BadRow(
+            record.place,
+            f"the row has {name!r}, the first row has none",
             f"give {name!r} in all rows or in none",
         )
     present = list(record.fields)
@@ -75,25 +84,32 @@ def _missing(record: Record, field: str, name: str, expected: bool) -> DataError
     likely += [usual for usual in _USUAL[field] if usual in folded]
     guess = folded[likely[0]] if likely else "NAME"
     listed = ", ".join(repr(column) for column in present[:8]) + (", …" if len(present) > 8 else "")
-    return DataError(
-        f"{record.place}: no column {name!r}, the row has {listed or 'none'}",
+    return BadRow(
+        record.place,
+        f"no column {name!r}, the row has {listed or 'none'}",
         f"name the right one, as in `columns: {{{field}: {guess}}}`",
     )
 
 
-def _text(value: Any, column: str, place: str) -> str:
-    """`value` as it is; raises `DataError` unless it is text that a tokenizer can take."""
+def text_value(value: Any, column: str, place: str) -> str:
+    """`value` as it is; raises `BadRow` unless it is text that a tokenizer can take, and not blank."""
     if not isinstance(value, str):
-        raise DataError(f"{place}: {column!r} is {kind_of(value)}, allowed is a text", "correct the row")
+        raise BadRow(place, f"{column!r} is {kind_of(value)}, allowed is a text", "correct the row")
     if not value.strip():
-        raise DataError(f"{place}: {column!r} is empty", "fill in or remove the row")
+        raise BadRow(place, f"{column!r} is empty", "fill in or remove the row")
+    return check_text(value, column, place)
+
+
+def check_text(value: str, column: str, place: str) -> str:
+    """`value` as it is; raises `BadRow` for NUL and for half a surrogate pair, which no tokenizer takes."""
     if "\0" in value:
-        raise DataError(f"{place}: {column!r} contains a NUL character", "remove it")
+        raise BadRow(place, f"{column!r} contains a NUL character", "remove it")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place}: {column!r} has half a surrogate pair at position {error.start + 1}",
+        raise BadRow(
+            place,
+            f"{column!r} has half a surrogate pair at position {error.start + 1}",
             "correct the row; such text comes from cutting an emoji in two",
         ) from None
     return value
@@ -108,8 +124,8 @@ def _label(value: Any, column: str, place: str) -> str:
         return str(int(value))
     text = value.strip() if isinstance(value, str) else None
     if text == "":
-        raise DataError(f"{place}: {column!r} is empty, {allowed}", "fill in or remove the row")
+        raise BadRow(place, f"{column!r} is empty, {allowed}", "fill in or remove the row")
     if text is None or text.casefold() == "nan":
-        raise DataError(f"{place}: {column!r} is {kind_of(value)}, {allowed}", "correct or remove the row")
+        raise BadRow(place, f"{column!r} is {kind_of(value)}, {allowed}", "correct or remove the row")
     whole = re.fullmatch(r"([+-]?\d+)\.0+", text)
-    return _text(whole.group(1) if whole else text, column, place)
+    return text_value(whole.group(1) if whole else text, column, place)

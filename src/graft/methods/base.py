@@ -1,6 +1,6 @@
 """What a method is: a configuration that builds an adapter. One subclass, in a file of its own, per method."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -200,9 +200,14 @@ class Method(Config):
         copy_tensors(adapter, tensors, source)
 
 
-def check_pairs(chosen: Iterable[Method], model: str) -> None:
-    """Refuse methods that cannot work on a base's architecture, before its weights are read."""
+def check_pairs(
+    chosen: Iterable[Method], model: str, objective: Callable[[Family], str | None] = lambda family: None
+) -> None:
+    """Refuse methods, and an objective, that cannot work on a base's architecture, before its weights are read."""
     family = family_of(model)
+    unfit = objective(family)
+    if unfit is not None:
+        raise UsageError(f"{model}: {unfit}", "choose another base or objective")
     for method in chosen:
         reason = method.refuses(family)
         if reason is not None:

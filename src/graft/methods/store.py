@@ -4,11 +4,13 @@
     adapter_model.safetensors  tensors by peft's names
     graft.json                 settings, the base's fingerprint, the head, and a probe: outputs on fixed ids
     README.md                  a card
+    tokenizer.json, …          of an adapter trained through a chat template: the tokenizer and that template
 
 A folder without graft.json was written by peft; it is read all the same.
 """
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,13 +29,17 @@ from graft.parts.attach import attach, detach
 from graft.parts.base import Adapter
 from graft.parts.head import Pooling, TaskHead, adapter_head, default_pooling, scores
 
+TEMPLATE = "chat_template.jinja"
+"""The file of the chat template, as transformers names it."""
+
 _TASKS = {"encoder": "FEATURE_EXTRACTION", "decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
 """peft's task_type of an adapter without a head. Without one peft loads a prefix or virtual tokens and ignores them."""
 
 
-def save(adapter: Adapter, base: Base, folder: Path, card: str = "") -> str | None:
+def save(adapter: Adapter, base: Base, folder: Path, card: str = "", template: str | None = None) -> str | None:
     """Write an attached adapter to `folder`, whole or not at all, and check what was written.
 
+    `template` is the chat template that it was trained through; it is kept there with the tokenizer.
     Returns why vLLM cannot serve the folder, None when it can.
     """
     method = method_of(adapter)
@@ -63,6 +69,8 @@ def save(adapter: Adapter, base: Base, folder: Path, card: str = "") -> str | No
         "head": head.description() if head is not None else None,
         "probe": _probe(base, adapter),
     }
+    if template is not None:
+        about["template"] = {"sha256": sha256(template.encode()).hexdigest()}
     with whole_folder(folder) as work:
         stored = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
         save_file(stored, work / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -70,8 +78,26 @@ def save(adapter: Adapter, base: Base, folder: Path, card: str = "") -> str | No
         write_json(work / "graft.json", about | {"sha256": sha256_of(work / "adapter_model.safetensors")})
         read = not str(config["peft_type"]).startswith("GRAFT_")
         write_text(work / "README.md", card or _card(method, base, read, unserved))
+        if template is not None:
+            _write_tokenizer(base, work, template)
         _check_written(work / "adapter_model.safetensors", stored)
     return unserved
+
+
+def size(folder: Path) -> int:
+    """Bytes of an adapter on disk, without the tokenizer that may lie beside it."""
+    names = ("adapter_model.safetensors", "adapter_config.json", "graft.json", "README.md")
+    return sum((folder / name).stat().st_size for name in names)
+
+
+def _write_tokenizer(base: Base, folder: Path, template: str) -> None:
+    assert base.tokenizer is not None
+    before = base.tokenizer.chat_template
+    base.tokenizer.chat_template = template
+    try:
+        base.tokenizer.save_pretrained(folder)
+    finally:
+        base.tokenizer.chat_template = before
 
 
 def load(base: Base, folder: Path | str, name: str | None = None) -> Adapter:

@@ -1,19 +1,28 @@
 """What an objective is: rows into examples, examples into a loss, examples into a quality."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from graft.config import Config, classes_in, read_choice
-from graft.data.load import Row
+from graft.data.load import DataConfig, Splits, Unit, load_splits
+from graft.families import Family
 from graft.model import Base
 from graft.parts.base import Adapter
 from graft.routing import Entry, Route
 
 Report = Callable[[str, float], None]
 """Called with what is being done and the share of it that is done, 0 to 1."""
+
+Say = Callable[[str], None]
+"""Called with a line for the user."""
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
 
 
 @dataclass(frozen=True)
@@ -26,60 +35,94 @@ class Loss:
     weight: float
 
 
-@dataclass(frozen=True)
-class Example:
-    """One row as ids. `place` is its file and line."""
+class Example(Protocol):
+    """One row as ids. `len()` is its tokens, `place` its file and line."""
 
-    input_ids: list[int]
-    token_type_ids: list[int] | None
-    target: int
-    place: str
+    @property
+    def place(self) -> str:
+        """For errors."""
 
-    def __len__(self) -> int:
-        return len(self.input_ids)
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class Result:
-    """An evaluation: the mean quality in [0, 1], the mean loss, and whether each row was right (1) or not (0)."""
+    """An evaluation: the mean quality in [0, 1], the mean loss, and the quality of each row, in [0, 1]."""
 
     quality: float
     loss: float
-    correct: list[int]
+    correct: list[float]
+    figures: dict[str, float] = field(default_factory=dict)
+    """Further figures by name, such as perplexity."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """What was generated, one entry for each row, where an objective generates: place, prompt, reference, answer."""
 
 
 class Objective(Config):
-    """What a run optimizes. Subclasses set `name` and `metric` and define the methods."""
+    """What a run optimizes. Subclasses set `name` and define the methods."""
 
     name: ClassVar[str]
-    metric: ClassVar[str]
-    """What `Result.quality` is called."""
+    unit: ClassVar[Unit]
+    """What its rows are."""
+    max_length: ClassVar[int]
+    """Tokens per row when the recipe does not say."""
+    best_by: ClassVar[str] = "quality"
+    """What the best step of a run is chosen by: quality or loss."""
 
-    def examples(self, rows: Sequence[Row], base: Base, labels: Sequence[str], max_length: int) -> list[Example]:
-        """Rows as token ids, at most `max_length` long. Raises `DataError` for a row that would train nothing."""
+    @property
+    def metric(self) -> str:
+        """What `Result.quality` is called."""
+        raise NotImplementedError
+
+    def refuses(self, family: Family) -> str | None:
+        """Why this objective cannot train an architecture; None when it can. Asked before a model is loaded."""
+        return None
+
+    def load(self, data: DataConfig) -> Splits:
+        """The rows of a run, checked. Raises `DataError`."""
+        return load_splits(data, self.unit)
+
+    def examples(
+        self,
+        rows: Sequence[Any],
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str],
+        max_length: int,
+        say: Say = silent,
+    ) -> list[Any]:
+        """Rows as token ids, at most `max_length` long; `say` is told what was cut or left out.
+
+        Raises `DataError` for rows that would train nothing, as far as the objective does not allow for them.
+        """
         raise NotImplementedError
 
     def prepare(self, base: Base, adapter: Adapter, labels: tuple[str, ...]) -> None:
         """Give the adapter its head, and leave out of training what this objective never uses."""
         raise NotImplementedError
 
-    def weight(self, examples: Sequence[Example]) -> float:
+    def template(self, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+        """The chat template that rows go through, to be kept with the adapter; None where there is none."""
+        return None
+
+    def weight(self, examples: Sequence[Any]) -> float:
         """The weight that the loss of these examples will have, known before the forward pass."""
         raise NotImplementedError
 
-    def loss(self, base: Base, examples: Sequence[Example], route: Entry | Route) -> Loss:
+    def loss(self, base: Base, examples: Sequence[Any], route: Entry | Route) -> Loss:
         """The summed loss of a batch."""
         raise NotImplementedError
 
     def evaluate(
         self,
         base: Base,
-        examples: Sequence[Example],
+        examples: Sequence[Any],
         entry: Entry,
         batch_size: int,
         report: Report | None = None,
+        quick: bool = False,
     ) -> Result:
-        """Quality over examples, in their order."""
+        """Quality over examples, in their order; `quick` is the evaluation within a run, which may leave rows out
+        where each costs much."""
         raise NotImplementedError
 
 

@@ -1,28 +1,44 @@
 """Classification of single texts and of pairs, with a head that trains and is stored with every method."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
 from graft.data.batch import evaluation_batches, pad
-from graft.data.load import Row
+from graft.data.load import Row, Unit
 from graft.errors import DataError, UsageError
 from graft.model import Base
-from graft.objectives.base import Example, Loss, Objective, Report, Result
+from graft.objectives.base import Loss, Objective, Report, Result, Say, silent
 from graft.parts.base import Adapter
 from graft.parts.head import Pooling, TaskHead, scores
 from graft.routing import Entry, Route
+
+
+@dataclass(frozen=True)
+class LabelledExample:
+    """One row as ids, and the number of its label. `place` is its file and line."""
+
+    input_ids: list[int]
+    token_type_ids: list[int] | None
+    target: int
+    place: str
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
 
 
 class Classify(Objective):
     """One label per row, by cross-entropy over the labels."""
 
     name: ClassVar[str] = "classify"
-    metric: ClassVar[str] = "accuracy"
+    unit: ClassVar[Unit] = "labelled"
+    max_length: ClassVar[int] = 128
 
     pooling: Pooling | None = None
     """One vector per row from: the base's pooler, its first token, its last, or the mean; as transformers
@@ -35,15 +51,23 @@ class Classify(Objective):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target spread over all labels."""
 
-    def examples(self, rows: Sequence[Row], base: Base, labels: Sequence[str], max_length: int) -> list[Example]:
+    @property
+    def metric(self) -> str:
+        """Share of rows that are right."""
+        return "accuracy"
+
+    def examples(
+        self,
+        rows: Sequence[Row],
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str],
+        max_length: int,
+        say: Say = silent,
+    ) -> list[LabelledExample]:
         """Rows as the base's tokenizer writes them, pairs with its separator, cut to `max_length`."""
-        if base.tokenizer is None:
-            raise UsageError(f"{base.name} has no tokenizer")
-        if base.max_positions is not None and max_length > base.max_positions:
-            raise UsageError(f"max_length: {max_length} of {base.max_positions} positions of {base.name}")
         index = {label: position for position, label in enumerate(labels)}
         pairs = [row.text_pair for row in rows] if any(row.text_pair for row in rows) else None
-        encoded = base.tokenizer(
+        encoded = tokenizer(
             [row.text for row in rows],
             pairs,
             truncation=True,
@@ -57,7 +81,7 @@ class Classify(Objective):
                 raise DataError(f"{row.place}: the text has no tokens")
             if row.label not in index:
                 raise DataError(f"{row.place}: label {row.label!r} is not among {list(labels)}")
-            examples.append(Example(ids, kinds, index[row.label], row.place))
+            examples.append(LabelledExample(ids, kinds, index[row.label], row.place))
         return examples
 
     def prepare(self, base: Base, adapter: Adapter, labels: tuple[str, ...]) -> None:
@@ -82,11 +106,11 @@ class Classify(Objective):
                 "choose sites inside the layers, or another pooling",
             )
 
-    def weight(self, examples: Sequence[Example]) -> float:
+    def weight(self, examples: Sequence[LabelledExample]) -> float:
         """The number of rows."""
         return float(len(examples))
 
-    def loss(self, base: Base, examples: Sequence[Example], route: Entry | Route) -> Loss:
+    def loss(self, base: Base, examples: Sequence[LabelledExample], route: Entry | Route) -> Loss:
         """Cross-entropy summed over the rows."""
         logits = scores(base, collate(base, examples), route)
         targets = torch.tensor([example.target for example in examples], device=logits.device)
@@ -97,13 +121,14 @@ class Classify(Objective):
     def evaluate(
         self,
         base: Base,
-        examples: Sequence[Example],
+        examples: Sequence[LabelledExample],
         entry: Entry,
         batch_size: int,
         report: Report | None = None,
+        quick: bool = False,
     ) -> Result:
         """Accuracy, with no more than one batch of scores in memory."""
-        correct = [0] * len(examples)
+        correct = [0.0] * len(examples)
         loss = 0.0
         batches = evaluation_batches([len(example) for example in examples], batch_size)
         for number, rows in enumerate(batches):
@@ -112,7 +137,7 @@ class Classify(Objective):
             targets = torch.tensor([example.target for example in chosen], device=logits.device)
             loss += float(F.cross_entropy(logits, targets, reduction="sum"))
             for row, right in zip(rows, (logits.argmax(dim=1) == targets).tolist(), strict=True):
-                correct[row] = int(right)
+                correct[row] = float(right)
             if report:
                 report("evaluating", (number + 1) / len(batches))
         return Result(sum(correct) / len(correct), loss / len(correct), correct)
@@ -124,7 +149,7 @@ def _trainable(adapter: Adapter) -> bool:
     return any(isinstance(tensor, nn.Parameter) and tensor.requires_grad for _, tensor in named)
 
 
-def collate(base: Base, examples: Sequence[Example]) -> dict[str, Tensor]:
+def collate(base: Base, examples: Sequence[LabelledExample]) -> dict[str, Tensor]:
     """Examples as a batch: input_ids, attention_mask and, where the tokenizer gives them, token_type_ids,
     all [B, S].
     """

@@ -18,12 +18,16 @@ from graft.config import Config
 from graft.data.batch import training_batches
 from graft.methods.base import Method, Progress, method_of
 from graft.model import Base
-from graft.objectives.base import Example, Objective, Result
+from graft.objectives.base import Objective, Result
 from graft.parts.base import Adapter
 from graft.train import checkpoint
 from graft.train.guards import MovementGuard, require_finite
 from graft.train.optim import Schedule, make_optimizer, make_schedule
 from graft.train.precision import Choice
+
+
+_SHOWN = 3
+"""Answers that are kept of each evaluation."""
 
 
 class Training(Config):
@@ -70,7 +74,10 @@ class Training(Config):
     """Evaluate on the validation rows every so many optimizer steps; four times in the run when left out."""
 
     load_best_model_at_end: bool = True
-    """End with the evaluated step of the best validation quality rather than with the last step."""
+    """End with the best evaluated step rather than with the last one."""
+
+    metric_for_best_model: Literal["quality", "loss"] | None = None
+    """What the best step is chosen by; quality for classification and the validation loss otherwise when left out."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -99,6 +106,10 @@ class Point:
     seconds: float
     quality: float | None = None
     validation_loss: float | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+    """Further figures of an evaluation."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """The first answers of an evaluation that generates: the same prompts each time."""
 
 
 @dataclass
@@ -158,7 +169,7 @@ class Trainer:
         steps = max(1, round(per_epoch * self.training.num_train_epochs))
         return min(steps, self.training.max_steps or steps)
 
-    def fit(self, train: Sequence[Example], validation: Sequence[Example]) -> Fit:
+    def fit(self, train: Sequence[Any], validation: Sequence[Any]) -> Fit:
         """Train, evaluate now and then, and end with the best step.
 
         Raises `GuardError` when the loss is not finite, a trainable tensor does not move or a frozen one does.
@@ -220,7 +231,7 @@ class Trainer:
         self.base.model.train(training)
         self.adapter.train(training)
 
-    def _gradients(self, chosen: Sequence[Example]) -> tuple[float, float]:
+    def _gradients(self, chosen: Sequence[Any]) -> tuple[float, float]:
         """Clipped gradients of one effective batch; returns its mean loss and the gradient's norm before clipping."""
         size = self.training.per_device_train_batch_size
         passes = [chosen[start : start + size] for start in range(0, len(chosen), size)]
@@ -242,28 +253,39 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.training.max_grad_norm)
         return float(total) / weight, float(norm)
 
-    def _evaluate(self, validation: Sequence[Example], result: Fit, point: Point, total: int) -> Point:
+    def _evaluate(self, validation: Sequence[Any], result: Fit, point: Point, total: int) -> Point:
         """Evaluate, keep the checkpoint if it is the best so far, and return the point with its figures."""
         if self.progress:
             self.progress("evaluating", result.steps, total)
         self._training_mode(False)
         with self.accelerator.autocast():
             measured = self.objective.evaluate(
-                self.base, validation, self.adapter.name, self.training.per_device_eval_batch_size
+                self.base, validation, self.adapter.name, self.training.per_device_eval_batch_size, quick=True
             )
         self._training_mode(True)
-        best = result.best
         settled = self.method.settled(Progress(result.steps, total))
-        if not settled:
-            return replace(point, quality=measured.quality, validation_loss=measured.loss)
-        if best is None or (measured.quality, -measured.loss) > (best.quality, -best.loss):
+        if settled and self._better(measured, result.best):
             earlier, result.best_step, result.best = result.best_step, result.steps, measured
             if self.checkpoints is not None and self.accelerator.is_main_process:
                 state = {"step": result.steps, "quality": measured.quality, "loss": measured.loss}
                 checkpoint.write(self.checkpoints, self.adapter, state)
                 if earlier:
                     checkpoint.remove(self.checkpoints, earlier)
-        return replace(point, quality=measured.quality, validation_loss=measured.loss)
+        return replace(
+            point,
+            quality=measured.quality,
+            validation_loss=measured.loss,
+            figures=measured.figures,
+            samples=measured.samples[:_SHOWN],
+        )
+
+    def _better(self, now: Result, best: Result | None) -> bool:
+        """Whether an evaluation is better than the best one so far; of equal ones the other figure decides."""
+        if best is None:
+            return True
+        if (self.training.metric_for_best_model or self.objective.best_by) == "loss":
+            return (-now.loss, now.quality) > (-best.loss, best.quality)
+        return (now.quality, -now.loss) > (best.quality, -best.loss)
 
     def _tell(self, result: Fit, point: Point, total: int) -> None:
         result.points.append(point)

@@ -1,0 +1,196 @@
+"""What the objectives of decoders share: next-token loss at the tokens that are trained, and its figures by row."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from graft.data.batch import evaluation_batches, pad
+from graft.errors import UsageError
+from graft.families import Family
+from graft.model import Base
+from graft.objectives.base import Loss, Objective, Report
+from graft.parts.attach import hidden_states
+from graft.parts.base import Adapter
+from graft.routing import Entry, Route
+
+_AT_ONCE = 1024
+"""Tokens whose logits are in memory at a time in evaluation: 200 MB in fp32 with a vocabulary of 49,152."""
+
+
+class Supervised(Protocol):
+    """A row of a decoder: `ids`, and for each whether it is trained, that is, predicted from those before it."""
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """Token ids."""
+
+    @property
+    def trained(self) -> Sequence[int]:
+        """1 where a token is trained, 0 elsewhere."""
+
+    @property
+    def place(self) -> str:
+        """For errors."""
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class RowFigures:
+    """Per row [rows]: summed loss in nats, tokens it is over, and how many of these were the likeliest."""
+
+    loss: Tensor
+    tokens: Tensor
+    right: Tensor
+
+    @property
+    def mean_loss(self) -> float:
+        """Nats per token over all rows."""
+        return float(self.loss.sum() / self.tokens.sum().clamp(min=1))
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss; inf where it would overflow."""
+        return math.exp(self.mean_loss) if self.mean_loss < 700 else math.inf
+
+
+class Causal(Objective):
+    """Next-token prediction with a decoder."""
+
+    best_by: ClassVar[str] = "loss"
+    max_length: ClassVar[int] = 1024
+    aliases: ClassVar[dict[str, str]] = {"sample_packing": "packing"}
+
+    packing: bool = False
+    """Join several rows into one of at most max_length tokens, without any of them seeing another: less padding where
+    lengths differ much. Refused for methods with virtual tokens or an attention of their own."""
+
+    def refuses(self, family: Family) -> str | None:
+        """Encoders do not generate; encoder-decoders read their prompt on another side."""
+        return None if family.kind == "decoder" else f"{self.name} needs a decoder, this is an {family.kind}"
+
+    def prepare(self, base: Base, adapter: Adapter, labels: tuple[str, ...]) -> None:
+        """No head is needed: the base's own gives the next token."""
+        if self.packing:
+            _refuse_packing(base, adapter)
+
+    def weight(self, examples: Sequence[Supervised]) -> float:
+        """The number of trained tokens."""
+        # The first token has none before it to be predicted from.
+        return float(sum(sum(example.trained) - example.trained[0] for example in examples))
+
+    def loss(self, base: Base, examples: Sequence[Supervised], route: Entry | Route) -> Loss:
+        """Cross-entropy summed over the trained tokens."""
+        batch, targets = packed(base, examples) if self.packing else collate(base, examples)
+        states = hidden_states(base, batch, route).last
+        return Loss(token_losses(base, states, targets, route).sum(), self.weight(examples))
+
+
+def collate(base: Base, examples: Sequence[Supervised]) -> tuple[dict[str, Tensor], Tensor]:
+    """Rows as a batch of input_ids and attention_mask [B, S], and targets [B, S]: what each position has to predict,
+    -100 where nothing is trained. Padding is marked by position, not by id: the pad token is often the end of turn.
+    """
+    filler = base.config.pad_token_id
+    batch = {
+        "input_ids": pad([example.ids for example in examples], filler if filler is not None else 0, base.device),
+        "attention_mask": pad([[1] * len(example) for example in examples], 0, base.device),
+    }
+    return batch, pad([_targets(example) for example in examples], -100, base.device)
+
+
+def packed(base: Base, examples: Sequence[Supervised]) -> tuple[dict[str, Tensor], Tensor]:
+    """All rows one behind the other in a batch of one, [1, S]: positions begin anew with each, and the mask
+    [1, 1, S, S] lets a token see the earlier ones of its own row only.
+    """
+    lengths = torch.tensor([len(example) for example in examples], device=base.device)
+    row = torch.arange(len(examples), device=base.device).repeat_interleave(lengths)
+    places = torch.arange(len(row), device=base.device)
+    allowed = (row[:, None] == row[None, :]) & (places[:, None] >= places[None, :])
+    ids = [token for example in examples for token in example.ids]
+    targets = [target for example in examples for target in _targets(example)]
+    batch = {
+        "input_ids": torch.tensor([ids], device=base.device),
+        "attention_mask": allowed[None, None],
+        "position_ids": (places - (lengths.cumsum(0) - lengths)[row])[None] + base.first_position,
+    }
+    return batch, torch.tensor([targets], device=base.device)
+
+
+def _targets(example: Supervised) -> list[int]:
+    pairs = zip(example.ids[1:], example.trained[1:], strict=True)
+    return [*(token if trained else -100 for token, trained in pairs), -100]
+
+
+def _refuse_packing(base: Base, adapter: Adapter) -> None:
+    """Refuse to pack where a row could see another, or where a part needs rows of its own."""
+    if adapter.positions or adapter.virtual_parts() or any(part.does("attend") for _, part in adapter.placed):
+        raise UsageError(
+            f"packing: rows joined into one cannot have virtual tokens or an attention of their own, as "
+            f"{adapter.method.name} gives them",
+            "leave packing out",
+        )
+    window = getattr(base.config, "sliding_window", None)
+    if window is not None:
+        raise UsageError(
+            f"packing: {base.name} attends within a window of {window} tokens, which packed rows would not keep",
+            "leave packing out",
+        )
+
+
+def token_losses(base: Base, states: Tensor, targets: Tensor, route: Entry | Route) -> Tensor:
+    """Cross-entropy at every target that is not -100, [tokens], from hidden states [B, S, d].
+
+    Logits are made at these positions only: a prompt's are never looked at. The head module is called rather than its
+    weight: a part that sits there would be left out without an error (off by 0.97 in a trial).
+    """
+    found = _logits(base, states, targets, route)
+    return torch.cat([F.cross_entropy(logits, wanted, reduction="none") for logits, wanted in found])
+
+
+def _logits(base: Base, states: Tensor, targets: Tensor, route: Entry | Route) -> list[tuple[Tensor, Tensor]]:
+    """Logits [tokens, vocabulary] in fp32 with their targets, in one piece, or by row where rows go different ways."""
+    head = base.select("head")[0].leave
+    known = targets != -100
+    route = route if isinstance(route, Route) else Route.all(route)
+    if route.size is None:
+        with base.route(route):
+            return [(head(states[known][None])[0].float(), targets[known])]
+    found = []
+    for row in range(states.shape[0]):
+        if bool(known[row].any()):
+            with base.route(route.select([row])):
+                found.append((head(states[row, known[row]][None])[0].float(), targets[row, known[row]]))
+    return found
+
+
+@torch.no_grad()
+def row_figures(
+    base: Base, examples: Sequence[Supervised], entry: Entry, batch_size: int, report: Report | None = None
+) -> RowFigures:
+    """Loss, tokens and right guesses of every row, in the order given."""
+    loss, right = torch.zeros(len(examples), dtype=torch.double), torch.zeros(len(examples), dtype=torch.long)
+    tokens = torch.zeros(len(examples), dtype=torch.long)
+    batches = evaluation_batches([len(example) for example in examples], batch_size)
+    for number, rows in enumerate(batches):
+        batch, targets = collate(base, [examples[row] for row in rows])
+        states = hidden_states(base, batch, entry).last
+        index = torch.tensor(rows)[(targets != -100).nonzero()[:, 0].cpu()]
+        known = targets[targets != -100]
+        flat = states[targets != -100]
+        head = base.select("head")[0].leave
+        for start in range(0, len(known), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            with base.route(entry):
+                logits = head(flat[part][None])[0].float()
+            losses = F.cross_entropy(logits, known[part], reduction="none")
+            loss.index_add_(0, index[part], losses.double().cpu())
+            right.index_add_(0, index[part], (logits.argmax(dim=1) == known[part]).long().cpu())
+        tokens.index_add_(0, index, torch.ones_like(index))
+        if report:
+            report("evaluating", (number + 1) / len(batches))
+    return RowFigures(loss, tokens, right)
