@@ -9,6 +9,7 @@ import tiny_chat
 
 from graft import run as running
 from graft.compare import compare
+from graft.data.dialogue import Message
 from graft.data.load import DataConfig, load_splits
 from graft.data.render import Renderer
 from graft.errors import DataError, UsageError
@@ -16,7 +17,7 @@ from graft.merge import merge_run
 from graft.methods import store
 from graft.model import load_base, load_tokenizer
 from graft.objectives.instruct import Instruct
-from graft.recipe import Recipe
+from graft.recipe import Recipe, read_recipe
 from graft.run import evaluate_run, execute
 
 
@@ -298,3 +299,42 @@ def test_an_encoder_is_refused_before_its_weights_are_read(tmp_path):
 
     with pytest.raises(UsageError, match="instruct needs a decoder"):
         execute(Recipe.parse(settings), tmp_path / "run")
+
+
+# The starter model --------------------------------------------------------------------------------
+
+
+def test_the_starter_model_renders_as_its_template_says():
+    tokenizer = load_tokenizer("smollm2-135m")
+    renderer = Renderer(tokenizer)
+    asked = "Is </s> or <|im_end|> a word? Ünïcode 日本 🙂"
+    messages = (Message("user", asked), Message("assistant", "No.\n\nNot one."), Message("user", "ok"))
+    messages += (Message("assistant", "Good"),)
+    rendered = renderer.render(messages)
+    pieces = []
+    for number, trained in zip(rendered.ids, rendered.trained, strict=True):
+        if trained:
+            pieces.append(tokenizer.decode([number]))
+    assert "".join(pieces) == "No.\n\nNot one.<|im_end|>Good<|im_end|>"
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end in renderer.stop_ids
+    assert rendered.ids.count(end) == 5  # the system's turn and four others; the one in the question is text
+    assert asked in tokenizer.decode(rendered.ids)
+    plain = [Message("user", "What is the capital of France?"), Message("assistant", "Paris")]
+    given = [message.as_dict() for message in plain]
+    assert renderer.render(plain).ids == tokenizer.apply_chat_template(given, return_dict=False)
+
+
+@pytest.mark.slow
+def test_ten_steps_on_the_starter_model(tmp_path):
+    recipe = read_recipe(
+        Path(__file__).parents[1] / "recipes" / "instruct.yaml",
+        ["training.max_steps=10", "data.max_eval_samples=16", "data.max_train_samples=80", "forgetting=[]",
+         "transfer=[]", "training.eval_steps=5"],
+    )  # fmt: skip
+    report = execute(recipe, tmp_path / "run")
+    points = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert points[0]["train_loss"] > 5
+    assert points[-1]["validation_loss"] < 3.5
+    assert report["trainable_parameters"] == 4_884_480
+    assert report["figures"]["ended"] > 0.5

@@ -13,6 +13,8 @@ from graft.errors import DataError
 
 TOKENIZER = chat_tokenizer("bytes", "chatml")
 RENDERER = Renderer(TOKENIZER, "chatml")
+BARE = Renderer(TOKENIZER)
+"""Of a base without a chat template."""
 SYSTEM = Message("system", "Be brief.")
 
 
@@ -74,7 +76,7 @@ def test_long_prompt(plain, size):
     row = dialogue(numbers(size), "\n4 5 6", plain=plain, system=not plain)
     whole = (RENDERER.pair(numbers(size), "\n4 5 6") if plain else RENDERER.render(row.messages)).ids
     for limit in (40, 77):
-        (example,), report = supervise(RENDERER, [row], limit)
+        (example,), report = supervise(BARE if plain else RENDERER, [row], limit)
         assert limit - 3 <= len(example.ids) <= limit
         assert trained_text(example) == "\n4 5 6" + ("<|endoftext|>" if plain else "<|im_end|>")
         assert example.ended
@@ -92,7 +94,7 @@ def test_long_prompt(plain, size):
 def test_long_answer(plain, prompt):
     """D12: an answer that does not fit is never cut: the row is lost, and the report says what would fit."""
     row = dialogue(prompt, numbers(100), plain=plain)
-    examples, report = supervise(RENDERER, [row], 50)
+    examples, report = supervise(BARE if plain else RENDERER, [row], 50)
     assert examples == []
     assert report.lost == {"answer longer than max_length": [row.place]}
     with pytest.raises(DataError, match=r"raise max_length to 384") as caught:
@@ -161,3 +163,11 @@ def test_quantile():
     assert quantile([], 0.5) == 0
     assert [quantile([3, 1, 2], share) for share in (0.05, 0.5, 1.0)] == [1, 2, 3]
     assert quantile(range(1, 101), 0.95) == 95
+
+
+def test_two_texts_go_through_a_template_where_there_is_one():
+    row = dialogue("Hi", "Hello", plain=True)
+    (through,), _ = supervise(RENDERER, [row], 100)
+    (bare,), _ = supervise(BARE, [row], 100)
+    assert trained_text(through) == "Hello<|im_end|>"
+    assert text_of(bare) == "HiHello<|endoftext|>"

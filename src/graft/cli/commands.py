@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from graft import __version__
-from graft.cli import look, runs
+from graft.cli import chat, data, look, runs
 from graft.errors import GraftError
 
 app = typer.Typer(
@@ -23,10 +23,13 @@ app.command()(runs.demo)
 app.command()(runs.compare)
 app.command()(runs.train)
 app.command(name="eval")(runs.evaluate)
+app.command()(chat.chat)
+app.command()(chat.generate)
 app.command()(runs.merge)
 app.command()(runs.runs)
 app.command()(look.methods)
 app.command()(look.schema)
+app.add_typer(data.app, name="data")
 app.add_typer(look.assets_app, name="assets")
 
 # typer carries a copy of click, in earlier versions click itself: their common error is found through typer.

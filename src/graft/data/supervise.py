@@ -193,7 +193,7 @@ def _example(
     renderer: Renderer, dialogue: Dialogue, max_length: int, train: Train, report: Preflight
 ) -> Supervised | None:
     def render(messages: Sequence[Message]) -> Rendered:
-        if dialogue.plain:
+        if dialogue.plain and not renderer.template:
             return renderer.pair("".join(message.content for message in messages[:-1]), messages[-1].content)
         return renderer.render(messages, dialogue.tools, train)
 

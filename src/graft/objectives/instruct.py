@@ -111,7 +111,7 @@ class Instruct(Causal):
 
     def template(self, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
         """The chat template in use."""
-        return None if tokenizer is None else self.renderer(tokenizer).template
+        return None if tokenizer is None else self.renderer(tokenizer).template or None
 
     def examples(
         self,

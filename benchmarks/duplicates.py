@@ -1,0 +1,368 @@
+"""Do duplicated training rows make a model repeat itself, and does cleaning repair it? Written to docs/claims.md.
+
+    OMP_NUM_THREADS=1 python benchmarks/duplicates.py runs/duplicates
+    python benchmarks/duplicates.py runs/trial --rows 16 --copies 3 --seeds 1 --prompts 6   # a look at the cost
+
+Five conditions, all LoRA on plain film reviews with the same settings:
+
+    base       no training
+    copies     N rows, each in the file `copies` times, one epoch
+    cleaned    that file through `graft data clean`: N rows, one epoch
+    different  as many rows as `copies` has, all of them different, one epoch
+    epochs     the N rows of `cleaned` for as many steps as `copies` takes
+
+The last step counts, not the best one: choosing the step by the validation loss would hide what is asked for. Finished
+trainings and measurements are kept in the folder, so a run that was stopped goes on. All figures go to
+FOLDER/duplicates.json; `--keep` writes them to docs/results/duplicates.json too.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+CONDITIONS = ("base", "copies", "cleaned", "different", "epochs")
+RUN_LENGTH = 8
+"""Words in a row that count as a training row's own."""
+PROMPT_WORDS = 5
+NEW_TOKENS = 64
+SAMPLES = 8
+SAMPLED_PROMPTS = 10
+HELD = 150
+TEMPERATURE = 0.7
+DRAWS = 10_000
+
+
+# What is measured -----------------------------------------------------------------------------------
+
+
+def repeated(ids: Sequence[int], n: int) -> float:
+    """Share of the n-grams of `ids` that stand before in it: 1 - distinct / all (seq-rep-n of Welleck et al. 2020,
+    arXiv 1908.04319); 0 for fewer than two n-grams.
+    """
+    grams = [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def words(text: str) -> list[str]:
+    """The words of a text without regard to case and punctuation."""
+    return re.findall(r"\w+(?:['’]\w+)*", text.casefold())
+
+
+def runs_of(rows: Sequence[str], length: int = RUN_LENGTH) -> set[tuple[str, ...]]:
+    """All runs of `length` words of the rows; none reaches from one row into the next."""
+    found = set()
+    for row in rows:
+        said = words(row)
+        found |= {tuple(said[start : start + length]) for start in range(len(said) - length + 1)}
+    return found
+
+
+def copied(text: str, known: set[tuple[str, ...]], length: int = RUN_LENGTH) -> bool:
+    """Whether a text holds one of the runs of `runs_of`."""
+    return not known.isdisjoint(runs_of([text], length))
+
+
+def variety(texts: Sequence[str], n: int = 4) -> float:
+    """Share of the n-grams of words of several texts that are different ones; 1 where no text is that long."""
+    grams = [gram for text in texts for gram in _grams(words(text), n)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def _grams(said: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(said[start : start + n]) for start in range(len(said) - n + 1)]
+
+
+def bootstrap(values: Sequence[Sequence[float]]) -> list[float]:
+    """Mean of values [seeds, items] and the 2.5 and 97.5 % points of the mean over items drawn with replacement.
+
+    Items are prompts or texts. How far seeds lie apart is not in it: their own means are kept beside.
+    """
+    each = np.asarray(values, dtype=float).mean(axis=0)
+    drawn = np.random.default_rng(1).integers(0, len(each), size=(DRAWS, len(each)))
+    low, high = np.quantile(each[drawn].mean(axis=1), [0.025, 0.975])
+    return [float(each.mean()), float(low), float(high)]
+
+
+# Rows ----------------------------------------------------------------------------------------------
+
+
+def write_data(folder: Path, rows: int, copies: int) -> dict[str, list[str]]:
+    """The files of all conditions; returns the texts of each, and `held` for texts that no condition trains on."""
+    from graft import assets
+    from graft.data.load import read_rows, subset
+
+    source = assets.folder("movie-reviews")
+    fit = {
+        split: [row for row in read_rows(str(source / f"{split}.jsonl")) if 18 <= len(words(row.text)) <= 45]
+        for split in ("train", "validation", "test")
+    }
+    chosen = [row.text for row in subset(fit["train"], rows * copies)]
+    few = [row.text for row in subset(fit["train"], rows)]
+    data = {
+        "copies": [text for text in few for _ in range(copies)],
+        "different": chosen,
+        "validation": [row.text for row in subset(fit["validation"], 24)],
+        "held": [row.text for row in subset(fit["test"], HELD)],
+        "test": [row.text for row in subset(fit["test"], 24)],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, texts in data.items():
+        _write_rows(folder / f"{name}.jsonl", texts)
+    clean = [str(Path(sys.executable).parent / "graft"), "data", "clean", str(folder / "copies.jsonl")]
+    subprocess.run([*clean, "-o", str(folder / "cleaned.jsonl"), "--force"], check=True)
+    data["cleaned"] = [json.loads(line)["text"] for line in (folder / "cleaned.jsonl").read_text("utf-8").splitlines()]
+    assert data["cleaned"] == few, "graft data clean has to give back the rows as they were before they were copied"
+    return data | {"epochs": data["cleaned"]}
+
+
+def _write_rows(path: Path, texts: Sequence[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), "utf-8")
+
+
+def recipe(folder: Path, condition: str, seed: int, copies: int) -> Any:
+    """The recipe of one training: all conditions but `epochs` see each row of their file once."""
+    from graft.recipe import Recipe
+
+    file = "cleaned" if condition == "epochs" else condition
+    return Recipe.parse(
+        {
+            "model": "smollm2-135m",
+            "objective": "pretrain",
+            "data": {
+                "train": str(folder / f"{file}.jsonl"),
+                "validation": str(folder / "validation.jsonl"),
+                "test": str(folder / "test.jsonl"),
+                "max_length": 128,
+            },
+            "method": {"name": "lora", "r": 16, "target_modules": "all-linear", "learning_rate": 1e-3},
+            "training": {
+                "num_train_epochs": copies if condition == "epochs" else 1,
+                "per_device_train_batch_size": 8,
+                "load_best_model_at_end": False,
+            },
+            "forgetting": [],
+            "seed": seed,
+        }
+    )
+
+
+# Measuring -----------------------------------------------------------------------------------------
+
+
+class Bench:
+    """One base for all measurements, and the prompts."""
+
+    def __init__(self, folder: Path, data: dict[str, list[str]], prompts: int) -> None:
+        from graft.data.render import Renderer
+        from graft.model import load_base
+        from graft.train.loop import make_accelerator
+        from graft.train.precision import choose
+
+        import torch
+
+        precision = choose("auto", torch.device("cpu"))
+        self.folder, self.data = folder, data
+        self.accelerator = make_accelerator(precision.name)
+        self.base = load_base("smollm2-135m", dtype=precision.dtype)
+        self.precision = precision
+        self.renderer = Renderer(self.base.tokenizer)
+        self.prompts = {
+            "held-out": [_first_words(text) for text in data["held"][:prompts]],
+            "training": [_first_words(text) for text in data["cleaned"][: prompts * 2 // 3]],
+        }
+
+    def measure(self, condition: str, adapter: Path | None) -> dict[str, Any]:
+        """All figures of one training, by prompt and by text."""
+        from graft.methods import store
+        from graft.parts.attach import detach
+
+        entry = None
+        if adapter is not None:
+            store.load(self.base, adapter, "measured")
+            entry = "measured"
+        trained = self.data["cleaned" if condition == "base" else condition]
+        with self.accelerator.autocast():
+            found = {
+                "held_loss": self._losses(self.data["held"], entry),
+                "train_loss": self._losses(self.data["cleaned"], entry),
+            }
+            for name, prompts in self.prompts.items():
+                found[name] = self._greedy(prompts, entry, runs_of(trained), runs_of(self.data["cleaned"]))
+            found["sampled"] = self._sampled(self.prompts["held-out"][:SAMPLED_PROMPTS], entry)
+        if entry is not None:
+            detach(self.base, entry)
+        return found
+
+    def _losses(self, texts: Sequence[str], entry: str | None) -> list[float]:
+        """Nats per token of each text."""
+        from graft.data.rows import Row
+        from graft.objectives.causal import row_figures
+        from graft.objectives.pretrain import Pretrain
+
+        rows = [Row(text, None, None, str(number), str(number)) for number, text in enumerate(texts)]
+        pieces = Pretrain().examples(rows, self.base.tokenizer, (), 128)
+        figures = row_figures(self.base, pieces, entry, 32)
+        return [float(value) for value in figures.loss / figures.tokens]
+
+    def _answers(self, prompts: Sequence[str], entry: str | None, sampling: Any) -> list[list[int]]:
+        from graft.generate import answer_all
+
+        ids = [self.renderer.text(prompt)[:-1] for prompt in prompts]  # without the end-of-text token
+        return [a.ids for a in answer_all(self.base, ids, entry, max_new_tokens=NEW_TOKENS, sampling=sampling)]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.base.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _own(self, ids: Sequence[int]) -> list[int]:
+        """The ids before the first end of text or turn."""
+        stops = [place for place, token in enumerate(ids) if token in self.renderer.stop_ids]
+        return list(ids[: stops[0]] if stops else ids)
+
+    def _greedy(self, prompts: Sequence[str], entry: str | None, known: set[Any], few: set[Any]) -> dict[str, Any]:
+        from graft.sampling import GREEDY
+
+        answers = self._answers(prompts, entry, GREEDY)
+        own = [self._own(ids) for ids in answers]
+        return {
+            "repeated_3": [repeated(ids, 3) for ids in answers],
+            "repeated_4": [repeated(ids, 4) for ids in answers],
+            "repeated_4_to_end": [repeated(ids, 4) for ids in own],
+            "ended": [float(len(mine) < len(ids)) for mine, ids in zip(own, answers, strict=True)],
+            "copied": [float(copied(self._text(ids), known)) for ids in answers],
+            "copied_to_end": [float(copied(self._text(ids), known)) for ids in own],
+            "copied_few": [float(copied(self._text(ids), few)) for ids in answers],
+            "texts": [self._text(ids) for ids in answers],
+        }
+
+    def _sampled(self, prompts: Sequence[str], entry: str | None) -> dict[str, Any]:
+        """By prompt: the share of different ones among `SAMPLES` samples up to their end."""
+        from graft.sampling import Sampling
+
+        drawn = self._answers([p for p in prompts for _ in range(SAMPLES)], entry, Sampling(TEMPERATURE, seed=1))
+        texts = [self._text(self._own(ids)) for ids in drawn]
+        groups = [texts[start : start + SAMPLES] for start in range(0, len(texts), SAMPLES)]
+        return {
+            "distinct": [len({" ".join(words(text)) for text in group}) / SAMPLES for group in groups],
+            "variety": [variety(group) for group in groups],
+        }
+
+
+def _first_words(text: str) -> str:
+    return " ".join(text.split()[:PROMPT_WORDS])
+
+
+# All of it -----------------------------------------------------------------------------------------
+
+FIGURES = {
+    "held_loss": ("held_loss",),
+    "train_loss": ("train_loss",),
+    "repeated_3": ("held-out", "repeated_3"),
+    "repeated_4": ("held-out", "repeated_4"),
+    "repeated_4_to_end": ("held-out", "repeated_4_to_end"),
+    "ended": ("held-out", "ended"),
+    "copied": ("held-out", "copied"),
+    "copied_to_end": ("held-out", "copied_to_end"),
+    "copied_few": ("held-out", "copied_few"),
+    "copied_when_prompted": ("training", "copied"),
+    "copied_few_when_prompted": ("training", "copied_few"),
+    "repeated_4_when_prompted": ("training", "repeated_4"),
+    "distinct": ("sampled", "distinct"),
+    "variety": ("sampled", "variety"),
+}
+
+
+def values_of(measured: dict[str, Any], figure: str) -> list[float]:
+    """The values of a figure by prompt or text."""
+    found: Any = measured
+    for key in FIGURES[figure]:
+        found = found[key]
+    return list(found)
+
+
+def summary(measured: dict[str, list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """From the measurements of each condition and seed: its figures, and the paired differences to `copies`."""
+    rows, differences = [], []
+    for condition, seeds in measured.items():
+        figures = {}
+        for name in FIGURES:
+            values = [values_of(seed, name) for seed in seeds]
+            figures[name] = {"value": bootstrap(values), "seeds": [float(np.mean(value)) for value in values]}
+        rows.append({"condition": condition, "figures": figures})
+        if condition == "copies":
+            continue
+        gaps = {}
+        for name in FIGURES:
+            mine = [np.asarray(values_of(seed, name)) for seed in seeds]
+            theirs = [np.asarray(values_of(seed, name)) for seed in measured["copies"]]
+            mine = mine * len(theirs) if len(mine) == 1 else mine  # the base has one measurement
+            each = [(b - a).tolist() for a, b in zip(mine, theirs, strict=True)]
+            gaps[name] = {"value": bootstrap(each), "seeds": [float(np.mean(value)) for value in each]}
+        differences.append({"condition": condition, "copies_minus_it": gaps})
+    return rows, differences
+
+
+def main() -> None:
+    from graft.files import write_json
+    from graft.measure import environment
+    from graft.run import execute
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rows", type=int, default=96, help="N; 12 batches of 8")
+    parser.add_argument("--copies", type=int, default=10)
+    parser.add_argument("--seeds", default="1,2")
+    parser.add_argument("--prompts", type=int, default=60)
+    parser.add_argument("--keep", action="store_true", help="write docs/results/duplicates.json")
+    given = parser.parse_args()
+    seeds = [int(seed) for seed in given.seeds.split(",")]
+    data = write_data(given.folder / "data", given.rows, given.copies)
+    bench = Bench(given.folder, data, given.prompts)
+    measured: dict[str, list[dict[str, Any]]] = {}
+    costs: dict[str, list[dict[str, Any]]] = {}
+    for seed in seeds:
+        for condition in CONDITIONS:
+            if condition == "base" and seed != seeds[0]:
+                continue
+            place = given.folder / f"{condition}-{seed}"
+            started = time.perf_counter()
+            if condition != "base":
+                report = execute(recipe(given.folder / "data", condition, seed, given.copies), place)
+                costs.setdefault(condition, []).append({key: report[key] for key in ("steps", "train_seconds")})
+            kept = given.folder / f"{condition}-{seed}.json"
+            if not kept.exists():
+                write_json(kept, bench.measure(condition, None if condition == "base" else place / "adapter"))
+            measured.setdefault(condition, []).append(json.loads(kept.read_text("utf-8")))
+            print(f"{condition} seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
+    rows, differences = summary(measured)
+    result = {
+        "claim": "duplicates",
+        "command": f"python benchmarks/duplicates.py {' '.join(sys.argv[1:])}",
+        "created": time.strftime("%Y-%m-%d"),
+        "environment": environment() | {"dtype": bench.precision.name, "dtype_reason": bench.precision.reason},
+        "rows": given.rows,
+        "copies": given.copies,
+        "seeds": seeds,
+        "prompts": given.prompts,
+        "held_texts": len(data["held"]),
+        "costs": costs,
+        "conditions": rows,
+        "differences": differences,
+        "samples": {c: m[0]["held-out"]["texts"][:3] for c, m in measured.items()},
+        "sample_prompts": bench.prompts["held-out"][:3],
+    }
+    write_json(given.folder / "duplicates.json", result)
+    if given.keep:
+        write_json(ROOT / "docs" / "results" / "duplicates.json", result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""Talking to a run: its base and adapter with the chat template they were trained through, and dialogues."""
+
+import hashlib
+import json
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graft.data.dialogue import Message
+from graft.data.render import Renderer
+from graft.errors import DamagedError, RecipeError, UsageError
+from graft.generate import positions_taken, stream
+from graft.methods import store
+from graft.methods.base import read_method
+from graft.model import Base, family_of, load_base
+from graft.parts.head import adapter_head
+from graft.recipe import Recipe
+from graft.routing import Route
+from graft.runfolder import find_run
+from graft.sampling import GREEDY, Sampling
+from graft.train.precision import choose
+
+_ADAPTER = "adapter"
+
+
+@dataclass(eq=False)
+class Served:
+    """A base with at most one adapter, and how it is spoken to."""
+
+    base: Base
+    adapter: str | None
+    """What rows are routed through; None for the untouched base."""
+    renderer: Renderer
+    name: str
+    """What the user called it."""
+    note: str = ""
+    """What the user should know, in one line."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """The most tokens of a dialogue with its answer, virtual ones included."""
+        stated = getattr(self.base.config, "max_position_embeddings", None)
+        return stated if isinstance(stated, int) and self.base.family.positions != "relative" else None
+
+    @property
+    def room(self) -> int | None:
+        """The most tokens of a dialogue with its answer, without the adapter's own."""
+        limit = self.max_positions
+        return None if limit is None else limit - positions_taken(self.base, [self.adapter] if self.adapter else [])
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What an answer says, without control tokens."""
+        return str(self.base.tokenizer.decode(list(ids), skip_special_tokens=True))  # type: ignore[union-attr]
+
+    def need_untouched(self) -> None:
+        """Raise `UsageError` where the untouched base cannot answer beside the adapter."""
+        if self.adapter is None:
+            raise UsageError(f"{self.name} is a base, so there is nothing to compare it with", "leave --base out")
+        if self.base.exclusive is not None:
+            raise UsageError(
+                f"{self.name} changed the base's own weights, so the untouched base cannot answer beside it",
+                f"ask it by itself: `graft chat {self.base.name}`",
+            )
+
+
+def load_served(run: str, model: str | None = None, watch: Callable[[str, float], None] | None = None) -> Served:
+    """What `run` names: a run folder, an adapter folder with its base `model`, or a base.
+
+    Raises `UsageError` for classifiers and encoders, and what `find_run`, `load_base` and `store.load` raise.
+    """
+    tell = watch or (lambda phase, share: None)
+    name, folder, in_place = _parts_of(run, model)
+    if family_of(name).kind == "encoder":
+        raise UsageError(f"{name} is an encoder, which does not generate", "`graft eval` measures classifiers")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = choose("auto", device).dtype
+    tell("loading the base", 0.1)
+    base = load_base(name, dtype=torch.float32 if in_place else dtype)
+    base.model.to(device)  # type: ignore[arg-type]
+    if base.tokenizer is None:
+        raise UsageError(f"{name} has no tokenizer")
+    if folder is None:
+        return Served(base, None, Renderer(base.tokenizer), run)
+    tell("loading the adapter", 0.7)
+    if adapter_head(store.load(base, folder, _ADAPTER)) is not None:
+        raise UsageError(f"{run} is a classifier, which does not generate", "`graft eval` measures it")
+    for parameter in base.model.parameters() if in_place else ():
+        parameter.data = parameter.data.to(dtype)  # buffers, such as rotary frequencies, stay fp32
+    template = _template(folder)
+    renderer = Renderer(base.tokenizer, template)
+    own = Renderer(base.tokenizer).sha256
+    differs = template is not None and renderer.sha256 != own
+    note = f"{run} was trained through another chat template than its base's own; it is used here" if differs else ""
+    return Served(base, _ADAPTER, renderer, run, note)
+
+
+def _parts_of(run: str, model: str | None) -> tuple[str, Path | None, bool]:
+    """The base's name, the adapter's folder, and whether the adapter is the base's own weights."""
+    path = Path(run)
+    if (path / "adapter_config.json").is_file():
+        if model is None:
+            raise UsageError(f"{run} is an adapter folder, which has no base in it", "give its base with --model")
+        method = _about(path).get("method")
+        return model, path, method is not None and read_method(method, f"{path}/graft.json").in_place
+    if (path / "trials").is_dir():
+        trials = sorted(str(entry) for entry in (path / "trials").iterdir() if entry.is_dir())
+        raise RecipeError(f"{run} is a comparison", f"give one of its trials: {', '.join(trials)}")
+    if (path / "recipe.yaml").is_file():
+        found = find_run(path)
+        recipe = Recipe.parse(found.recipe(), str(found.path / "recipe.yaml"))
+        if recipe.objective.unit == "labelled":
+            raise UsageError(f"{run} is a classifier, which does not generate", f"`graft eval {run}` measures it")
+        adapter = None if recipe.method is None else found.path / "adapter"
+        return model or recipe.model, adapter, recipe.method is not None and recipe.method.in_place
+    # A hub would be asked for "runs/mine" for half a minute.
+    beside = path.parent != Path(".") and (path.parts[0] == "runs" or path.parent.is_dir())
+    if model is not None or (beside and not path.exists()):
+        raise UsageError(f"{run} is neither a run nor an adapter folder", "`graft runs` lists the runs")
+    return run, None, False
+
+
+def _template(folder: Path) -> str | None:
+    """The chat template kept with an adapter. Raises `DamagedError` when it is not the one that was saved."""
+    path = folder / "chat_template.jinja"
+    stated = (_about(folder).get("template") or {}).get("sha256")
+    if not path.is_file():
+        if stated:
+            raise DamagedError(f"{path} is missing", "copy the folder again")
+        return None
+    if stated and hashlib.sha256(path.read_bytes()).hexdigest() != stated:
+        raise DamagedError(f"{path} is not what was saved", "copy the folder again")
+    return str(path)
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """graft.json of an adapter folder; empty in one that peft wrote."""
+    path = folder / "graft.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{path}: not JSON ({error})", "copy the folder again") from None
+    return about if isinstance(about, dict) else {}
+
+
+class Pieces:
+    """Text from tokens as they come. No piece ends within a character of several tokens."""
+
+    def __init__(self, served: Served) -> None:
+        self._decode = served.text
+        self.ids: list[int] = []
+        """The tokens so far."""
+        self._begin = 0  # some tokens before those not shown yet: a token's text depends on the one before it
+        self._shown = 0
+
+    def add(self, token: int) -> str:
+        """The text that one more token completes."""
+        self.ids.append(token)
+        return self._more(whole=False)
+
+    def rest(self) -> str:
+        """What was held back."""
+        return self._more(whole=True)
+
+    @property
+    def text(self) -> str:
+        """Everything."""
+        return self._decode(self.ids)
+
+    def _more(self, whole: bool) -> str:
+        before = self._decode(self.ids[self._begin : self._shown])
+        now = self._decode(self.ids[self._begin :])
+        if not whole and (now.endswith("\ufffd") or len(now) <= len(before)):
+            return ""
+        self._begin, self._shown = self._shown, len(self.ids)
+        return now[len(before) :]
+
+
+@dataclass(eq=False)
+class Chat:
+    """A dialogue with a served model. The history is the adapter's own answers."""
+
+    served: Served
+    sampling: Sampling = GREEDY
+    max_new_tokens: int = 256
+    system: str = ""
+    compare: bool = False
+    """Whether the untouched base answers beside, in the same batch."""
+    history: list[Message] = field(default_factory=list)
+    """User's and assistant's turns."""
+    cut: bool = False
+    """Whether a limit ended the last answer; with `compare`, the adapter's."""
+    base_cut: bool = False
+    """The same of the untouched base's."""
+    dropped: int = 0
+    """Old turns that the last question left out, since the dialogue exceeded the positions."""
+
+    def messages(self) -> tuple[Message, ...]:
+        """The turns that the model reads next."""
+        return (*((Message("system", self.system),) if self.system else ()), *self.history)
+
+    def ask(self, text: str) -> Generator[tuple[int, str], None, None]:
+        """Pieces of the answer as they come: (0, text), and (1, text) of the untouched base's with `compare`.
+
+        What was said when the caller stops early stays in the history. After an error it is as it was before.
+        """
+        before = list(self.history)
+        self.history.append(Message("user", text))
+        try:
+            prompt = self._fitting()
+            route = self._route()
+        except Exception:
+            self.history = before
+            raise
+        said = [Pieces(self.served) for _ in range(1 + self.compare)]
+        open_rows = set(range(len(said)))
+        stop = self.served.renderer.stop_ids
+        try:
+            for tokens in stream(
+                self.served.base,
+                [prompt] * len(said),
+                route,
+                max_new_tokens=self.max_new_tokens,
+                stop_ids=stop,
+                sampling=self.sampling,
+                max_positions=self.served.max_positions,
+                numbers=[0] * len(said),
+            ):
+                for row, token in tokens:
+                    if token in stop:
+                        open_rows.discard(row)
+                    elif piece := said[row].add(token):
+                        yield row, piece
+            for row, pieces in enumerate(said):
+                if piece := pieces.rest():
+                    yield row, piece
+        finally:
+            self.cut, self.base_cut = 0 in open_rows, 1 in open_rows
+            answer = said[0].text
+            self.history = [*self.history, Message("assistant", answer)] if answer.strip() else before
+
+    def _route(self) -> Route:
+        if not self.compare:
+            return Route.all(self.served.adapter)
+        self.served.need_untouched()
+        return Route.of([self.served.adapter, None], self.served.base.device)
+
+    def _fitting(self) -> list[int]:
+        """Ids of the dialogue, without its oldest exchanges when it would leave no room for an answer."""
+        self.dropped = 0
+        room = self.served.room
+        ids = self.served.renderer.prompt(self.messages())
+        while room is not None and len(ids) > room - min(self.max_new_tokens, room // 2) and len(self.history) > 2:
+            self.history = self.history[2:]
+            self.dropped += 2
+            ids = self.served.renderer.prompt(self.messages())
+        return ids
