@@ -162,12 +162,12 @@ class Bench:
     """One base for all measurements, and the prompts."""
 
     def __init__(self, folder: Path, data: dict[str, list[str]], prompts: int) -> None:
-        from graft.data.render import Renderer
+        import torch
+
         from graft.model import load_base
+        from graft.rendering.render import Renderer
         from graft.train.loop import make_accelerator
         from graft.train.precision import choose
-
-        import torch
 
         precision = choose("auto", torch.device("cpu"))
         self.folder, self.data = folder, data

@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from graft.chat import Chat, Pieces, Served, load_served
 from graft.cli import app
 from graft.data.dialogue import Message
-from graft.data.render import Renderer
 from graft.errors import DamagedError, DataError, ModelError, RecipeError, RouteError, UsageError
 from graft.generate import generate
 from graft.methods import store
@@ -25,6 +24,7 @@ from graft.methods.base import read_method
 from graft.model import load_base
 from graft.parts.attach import attach
 from graft.prompts import answer_rows, prompt_ids, read_prompts
+from graft.rendering.render import Renderer
 from graft.sampling import Sampling
 
 CHATML = (
@@ -38,7 +38,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
     """A base with a chat template, adapters for it, and one that changed the base's own weights."""
     folder = tmp_path_factory.mktemp("chat")
     tokenizer = chat_tokenizer("bytes", "chatml")
-    tokenizer.chat_template = (Path(store.__file__).parents[1] / "data/templates/chatml.jinja").read_text()
+    tokenizer.chat_template = (Path(store.__file__).parents[1] / "rendering/templates/chatml.jinja").read_text()
     torch.manual_seed(3)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,

@@ -9,10 +9,10 @@ import sys
 import pytest
 from tiny import fillers, rows, write_model, write_rows
 
-from graft.data import private, signs
-from graft.data.check import Options, check
-from graft.data.findings import lengths_of, snippet
-from graft.data.survey import SIGNS
+from graft.curation import private, signs
+from graft.curation.check import Options, check
+from graft.curation.findings import lengths_of, snippet
+from graft.curation.survey import SIGNS
 from graft.errors import DataError, ModelError
 
 

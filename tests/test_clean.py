@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from test_check import PLANTED, chat, clean_chat, sentences
 from tiny import rows, write_rows
 
-from graft.data.check import check
-from graft.data.clean import PII, RULES, clean, policy
-from graft.data.convert import convert, split
+from graft.curation.check import check
+from graft.curation.clean import PII, RULES, clean, policy
+from graft.curation.convert import convert, split
 from graft.errors import DataError, ResourceError, UsageError
 
 
@@ -274,7 +274,7 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("graft.data.writing.os.fsync", full)
+    monkeypatch.setattr("graft.curation.writing.os.fsync", full)
     with pytest.raises(ResourceError, match=r"out\.jsonl cannot be written \(No space left on device\)"):
         clean(str(path), tmp_path / "out.jsonl")
     assert [item.name for item in tmp_path.iterdir()] == ["a.jsonl"]

@@ -11,10 +11,10 @@ import pytest
 from scipy.sparse import csr_array
 
 from graft import assets
-from graft.data import files
 from graft.data.load import DataConfig, Row, load_splits, read_all, read_rows
 from graft.errors import DataError, RecipeError
 from graft.files import sha256_of
+from graft.reading import files
 from graft.splits import group_near_equal, normal_form, shingles, split_by_group
 
 COUNTS = {"movie-reviews": 10605, "product-reviews": 3708, "tweets": 4200, "news-editorials": 5190}

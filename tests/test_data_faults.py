@@ -17,10 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from graft.data import files, lines
-from graft.data.files import Faults, iterate_records, read_records
 from graft.data.formats import read_row, read_rows_of, recognize
 from graft.errors import DataError, GraftError
+from graft.reading import files, lines
+from graft.reading.files import Faults, iterate_records, read_records
 
 GOOD = '{"prompt": "a", "completion": "b"}\n'
 
@@ -195,7 +195,7 @@ def test_d7_endless_line(tmp_path, name):
 
 
 def test_d7_endless_paragraph_and_open_quotes(tmp_path, monkeypatch):
-    monkeypatch.setattr("graft.data.tables.MAX_LINE", 100_000)
+    monkeypatch.setattr("graft.reading.tables.MAX_LINE", 100_000)
     refused(
         write(tmp_path / "a.txt", "short\n\n" + "x" * 99 + "\n" * 1 + ("y" * 99 + "\n") * 1001), "a paragraph", line=3
     )

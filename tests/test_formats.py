@@ -7,10 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graft.data.dialogue import Dialogue, Graded, Message, Preference
-from graft.data.files import Faults, Record
 from graft.data.formats import FORMATS, Recognized, read_row, read_rows_of, recognize, to_record
 from graft.data.rows import Row
 from graft.errors import DataError, UsageError
+from graft.reading.files import Faults, Record
 
 USER, ANSWER = Message("user", "Hello?"), Message("assistant", "Hi.")
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

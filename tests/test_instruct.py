@@ -11,13 +11,13 @@ from graft import run as running
 from graft.compare import compare
 from graft.data.dialogue import Message
 from graft.data.load import DataConfig, load_splits
-from graft.data.render import Renderer
 from graft.errors import DataError, UsageError
 from graft.merge import merge_run
 from graft.methods import store
 from graft.model import load_base, load_tokenizer
 from graft.objectives.instruct import Instruct
 from graft.recipe import Recipe, read_recipe
+from graft.rendering.render import Renderer
 from graft.run import evaluate_run, execute
 
 

@@ -14,30 +14,13 @@ import graft
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "graft"
 ORDER_WITHIN = {
-    "data": [
-        "faults",
-        "lines",
-        "jsonrows",
-        "tables",
-        "parquet",
-        "files",
-        "dialogue",
-        "rows",
-        "turns",
-        "readers",
-        "writers",
-        "formats",
-        "tasks",
-        "load",
-        "jinja",
-        "encoder",
-        "spans",
-        "render",
-        "supervise",
-        "batch",
-        "check",
-        "clean",
-    ],  # fmt: skip
+    "reading": ["faults", "lines", "jsonrows", "tables", "parquet", "files"],
+    "data": ["dialogue", "rows", "turns", "readers", "writers", "formats", "tasks", "load", "batch"],
+    "rendering": ["jinja", "encoder", "spans", "render", "supervise"],
+    "curation": [
+        *("signs", "private", "findings", "copies", "source", "survey", "labels", "writing", "tokens"),
+        *("check", "clean", "convert", "preview"),
+    ],
     "parts": ["base", "attention", "tokens", "attach", "own", "lowrank", "bypass", "prefix", "experts", "head"],
     "methods": ["folder", "base", "linears", "lowrank", "mixture", "attended", "virtual", "*", "store", "table"],
     "objectives": ["base", "causal", "*"],

@@ -10,9 +10,9 @@ from tiny import rows, write_model, write_rows
 from typer.testing import CliRunner
 
 from graft.cli.commands import app
-from graft.data import preview as module
-from graft.data.check import Options, check
-from graft.data.preview import marked, preview
+from graft.curation import preview as module
+from graft.curation.check import Options, check
+from graft.curation.preview import marked, preview
 from graft.errors import UsageError
 
 
@@ -115,7 +115,7 @@ def test_command(tmp_path, bytes_of_chatml):
 def test_check_tells_rows_that_would_train_nothing(tmp_path, monkeypatch):
     tokenizer = deepcopy(chat_tokenizer("bytes", "chatml"))
     tokenizer.chat_template = module.Renderer(tokenizer, "chatml").template
-    monkeypatch.setattr("graft.data.tokens.load_tokenizer", lambda name: tokenizer)
+    monkeypatch.setattr("graft.curation.tokens.load_tokenizer", lambda name: tokenizer)
     given = clean_chat(10)
     path = write_rows(tmp_path / "a.jsonl", [*given, chat("Short?", " ".join(sentences(40)))])
     report = check(str(path), Options(model="any", max_length=400))

@@ -11,9 +11,9 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from graft.data.dialogue import Message
-from graft.data.jinja import find_template, template_names
-from graft.data.render import Rendered, Renderer
 from graft.errors import DataError, UsageError
+from graft.rendering.jinja import find_template, template_names
+from graft.rendering.render import Rendered, Renderer
 
 ALL = [(kind, template) for kind in MAKERS for template in MARKERS]
 TRIMMED = ("llama2", "llama3", "mistral", "gemma", "command-r")

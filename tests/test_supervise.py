@@ -7,9 +7,9 @@ import pytest
 from chat_tokenizers import byte_level, chat_tokenizer
 
 from graft.data.dialogue import Dialogue, Message
-from graft.data.render import Renderer
-from graft.data.supervise import quantile, supervise
 from graft.errors import DataError
+from graft.rendering.render import Renderer
+from graft.rendering.supervise import quantile, supervise
 
 TOKENIZER = chat_tokenizer("bytes", "chatml")
 RENDERER = Renderer(TOKENIZER, "chatml")

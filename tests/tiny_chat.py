@@ -9,8 +9,8 @@ import torch
 from chat_tokenizers import chat_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from graft.data.jinja import find_template
 from graft.recipe import Recipe
+from graft.rendering.jinja import find_template
 
 POSITIONS = 256
 ANSWERS = {"sea": "wide", "capital": "Paris", "poem": "short", "fine": "thank you"}

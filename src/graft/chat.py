@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from graft.data.dialogue import Message
-from graft.data.render import Renderer
 from graft.errors import DamagedError, RecipeError, UsageError
 from graft.generate import positions_taken, stream
 from graft.methods import store
@@ -18,6 +17,7 @@ from graft.methods.base import read_method
 from graft.model import Base, family_of, load_base
 from graft.parts.head import adapter_head
 from graft.recipe import Recipe
+from graft.rendering.render import Renderer
 from graft.routing import Route
 from graft.runfolder import find_run
 from graft.sampling import GREEDY, Sampling

@@ -16,7 +16,6 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelFor
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from graft.data.render import Renderer
 from graft.errors import DamagedError, ModelError, NotMergeable, RecipeError, UsageError, nearest
 from graft.files import folder_bytes, whole_folder
 from graft.methods import store
@@ -27,6 +26,7 @@ from graft.parts.attach import attach, detach, merge_into
 from graft.parts.base import Adapter
 from graft.parts.head import TaskHead, adapter_head, pool
 from graft.recipe import Recipe
+from graft.rendering.render import Renderer
 from graft.runfolder import find_run
 from graft.train.guards import digest
 

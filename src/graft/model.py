@@ -141,8 +141,9 @@ class Base:
     def hidden(self, batch: Mapping[str, Tensor]) -> Hidden:
         """Hidden states of the current route for `input_ids` [B, S] and `attention_mask` [B, S].
 
-        Packed rows bring `position_ids` [B, S] and a mask [B, 1, S, S] of what each token may see. An encoder-decoder reads the row on both sides (the decoder shifted right, as transformers' sequence
-        classifiers do) and gives the decoder's states.
+        Packed rows bring `position_ids` [B, S] and a mask [B, 1, S, S] of what each token may see. An encoder-decoder
+        reads the row on both sides (the decoder shifted right, as transformers' sequence classifiers do) and gives the
+        decoder's states.
         """
         mask = batch["attention_mask"]
         inputs = {

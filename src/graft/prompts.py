@@ -7,13 +7,13 @@ from typing import Any
 
 from graft.chat import Served
 from graft.data.dialogue import Dialogue, Message
-from graft.data.faults import BadRow
-from graft.data.files import Record, read_records
 from graft.data.formats import read_row, recognize
-from graft.data.lines import check_file, lines_of, suffix_of, text_of
 from graft.data.turns import fold
 from graft.errors import DataError
 from graft.generate import Answer, answer_all
+from graft.reading.faults import BadRow
+from graft.reading.files import Record, read_records
+from graft.reading.lines import check_file, lines_of, suffix_of, text_of
 from graft.sampling import GREEDY, Sampling
 
 _STAND_IN = "-"

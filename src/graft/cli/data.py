@@ -13,8 +13,8 @@ from graft.errors import UsageError
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from graft.data.findings import Report
-    from graft.data.preview import Shown
+    from graft.curation.findings import Report
+    from graft.curation.preview import Shown
 
 app = typer.Typer(help="Check, clean, split, convert and preview data before it is trained on.")
 
@@ -62,8 +62,8 @@ def check(
 
     Nothing is changed.
     """
-    from graft.data.check import Options
-    from graft.data.check import check as check_data
+    from graft.curation.check import Options
+    from graft.curation.check import check as check_data
 
     options = Options(_columns(column), format, model, max_length, test, sample)
     with run_bar(as_json) as bar:
@@ -159,8 +159,8 @@ def clean(
     Dropping by default: unreadable, empty, mojibake (what cannot be repaired), refusals, duplicates, near-duplicates,
     overlap (with --test). On demand: conflicts, personal, special-tokens, cut, control, invisible, long-words.
     """
-    from graft.data.clean import clean as clean_data
-    from graft.data.clean import policy
+    from graft.curation.clean import clean as clean_data
+    from graft.curation.clean import policy
 
     chosen = policy(keep or (), drop or (), pii=pii, test=test, columns=_columns(column), format=format)
     with run_bar(as_json) as bar:
@@ -192,7 +192,7 @@ def split(
     as_json: Json = False,
 ) -> None:
     """Divide rows into train, validation and test.jsonl, near-equal rows together, always in the same way."""
-    from graft.data.convert import split as split_data
+    from graft.curation.convert import split as split_data
 
     with run_bar(as_json) as bar:
         result = split_data(given, output, val, test, _columns(column), format, force, bar)
@@ -214,7 +214,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write a file, or the rows of task:NAME, in another format; every faulty row is named."""
-    from graft.data.convert import convert as convert_data
+    from graft.curation.convert import convert as convert_data
 
     with run_bar(as_json) as bar:
         result = convert_data(given, output, to, _columns(column), format, force, bar)
@@ -242,13 +242,13 @@ def preview(
     as_json: Json = False,
 ) -> None:
     """Show rows as the model sees them: trained tokens in green, control tokens dim; without colour in ⟦ ⟧ and ‹ ›."""
-    from graft.data.preview import preview as preview_data
+    from graft.curation.preview import preview as preview_data
 
     shown = preview_data(given, model, rows, max_length, train, chat_template, _columns(column), format)
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in shown], indent=2, ensure_ascii=False))
         return
-    from graft.data.preview import marked
+    from graft.curation.preview import marked
 
     screen = terminal()
     coloured = screen.is_terminal and not screen.no_color
@@ -268,7 +268,7 @@ def _coloured(row: "Shown") -> "Text":
     """Each token in its colour; trained neighbours alternate in brightness, so that tokens can be told apart."""
     from rich.text import Text
 
-    from graft.data.preview import visible
+    from graft.curation.preview import visible
 
     text = Text()
     for number, piece in enumerate(row.pieces):

@@ -190,8 +190,9 @@ def _run_line(report: dict[str, Any]) -> str:
             " by nearest centroid" if report["metric"] == "accuracy" else ""
         )
     return (
-        f"{report['method']}: {report['metric']} {interval} on the test rows, {report['trainable_parameters']:,} parameters, "
-        f"{report['train_seconds']:.0f} s of training, {report['peak_memory_bytes'] / 2**20:,.0f} MiB at the peak"
+        f"{report['method']}: {report['metric']} {interval} on the test rows, "
+        f"{report['trainable_parameters']:,} parameters, {report['train_seconds']:.0f} s of training, "
+        f"{report['peak_memory_bytes'] / 2**20:,.0f} MiB at the peak"
     )
 
 

@@ -45,7 +45,7 @@ class Dialogue:
     fields: Mapping[str, Any] = field(default_factory=dict)
     """What the row has beside its turns; a starter task keeps here what its grader needs."""
     plain: bool = False
-    """Whether prompt and answer came as two texts: with a base that has no chat template they are joined as they are."""
+    """Whether prompt and answer came as two texts, which a base without a chat template gets joined as they are."""
 
     @property
     def prompt(self) -> tuple[Message, ...]:

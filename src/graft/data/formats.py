@@ -7,12 +7,12 @@ from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
 
-from graft.data.faults import BadRow, Faults, settle
-from graft.data.files import Record, iterate_records
 from graft.data.readers import FORMATS, AnyRow, given_of
 from graft.data.turns import fold
 from graft.data.writers import to_record
 from graft.errors import DataError, nearest
+from graft.reading.faults import BadRow, Faults, settle
+from graft.reading.files import Record, iterate_records
 
 __all__ = ["FORMATS", "AnyRow", "Recognized", "read_row", "read_rows_of", "recognize", "to_record"]
 

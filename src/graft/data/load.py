@@ -10,13 +10,13 @@ from pydantic import Field, model_validator
 from graft import assets
 from graft.config import Config
 from graft.data.dialogue import Dialogue
-from graft.data.faults import Fault, Faults
-from graft.data.files import read_records
 from graft.data.formats import FORMATS, AnyRow, Recognized, read_rows_of
 from graft.data.rows import FIELDS, Row, make_rows
 from graft.data.tasks import is_task, task_dialogues
 from graft.errors import DamagedError, DataError, nearest
 from graft.files import sha256_of
+from graft.reading.faults import Fault, Faults
+from graft.reading.files import read_records
 from graft.splits import group_near_equal, hash_of, normal_form, split_by_group
 
 __all__ = ["DataConfig", "Row", "Splits", "Unit", "load_splits", "read_all", "read_rows", "rows_of", "subset"]

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from graft.data.dialogue import Dialogue, Graded, Message, Preference
-from graft.data.faults import BadRow, kind_of
-from graft.data.files import Record
 from graft.data.rows import Row, check_text, id_of, make_row, text_value
 from graft.data.turns import check_turns, fold, read_tools, read_turns
+from graft.reading.faults import BadRow, kind_of
+from graft.reading.files import Record
 
 AnyRow = Row | Dialogue | Preference | Graded
 """What a record of any format becomes."""

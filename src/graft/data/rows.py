@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from graft.data.files import BadRow, Record, kind_of
+from graft.reading.files import BadRow, Record, kind_of
 
 FIELDS = ("text", "text_pair", "label", "id")
 """The fields of a row that a column can stand for; all other columns are ignored."""

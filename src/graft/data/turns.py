@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graft.data.dialogue import Message, Role
-from graft.data.faults import BadRow, kind_of, snippet_of
-from graft.data.jsonrows import parse_json
 from graft.data.rows import check_text
+from graft.reading.faults import BadRow, kind_of, snippet_of
+from graft.reading.jsonrows import parse_json
 
 _ALIASES: dict[Role, tuple[str, ...]] = {
     "system": ("system", "developer"),

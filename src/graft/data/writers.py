@@ -5,11 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 from graft.data.dialogue import Dialogue, Graded, Message, Preference
-from graft.data.faults import BadRow
 from graft.data.readers import FORMATS, AnyRow
 from graft.data.rows import Row
 from graft.data.turns import fold
 from graft.errors import UsageError, nearest
+from graft.reading.faults import BadRow
 
 _UNITS = {Dialogue: "dialogue", Preference: "preference", Graded: "graded"}
 _SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}

@@ -10,12 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from graft.data.dialogue import Dialogue
 from graft.data.load import Unit
-from graft.data.render import Renderer
-from graft.data.supervise import supervise
 from graft.generate import Answer, answer_all
 from graft.model import Base
 from graft.objectives.base import Report, Result, Say, silent
 from graft.objectives.causal import Causal, row_figures
+from graft.rendering.render import Renderer
+from graft.rendering.supervise import supervise
 from graft.routing import Entry
 from graft.scorers import default_scorer, read_scorer
 

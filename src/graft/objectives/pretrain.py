@@ -7,11 +7,11 @@ from typing import ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from graft.data.load import Row, Unit
-from graft.data.render import Renderer
 from graft.errors import DataError
 from graft.model import Base
 from graft.objectives.base import Report, Result, Say, silent
 from graft.objectives.causal import Causal, row_figures
+from graft.rendering.render import Renderer
 from graft.routing import Entry
 
 

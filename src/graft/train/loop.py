@@ -25,7 +25,6 @@ from graft.train.guards import MovementGuard, require_finite
 from graft.train.optim import Schedule, make_optimizer, make_schedule
 from graft.train.precision import Choice
 
-
 _SHOWN = 3
 """Answers that are kept of each evaluation."""
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from graft import assets
 from graft.data import formats, tasks
-from graft.data.faults import BadRow, Faults
-from graft.data.files import Record, iterate_records
 from graft.data.formats import AnyRow
-from graft.data.lines import lines_of, suffix_of
 from graft.errors import DataError, nearest
+from graft.reading.faults import BadRow, Faults
+from graft.reading.files import Record, iterate_records
+from graft.reading.lines import lines_of, suffix_of
 
 _PEEK = 100
 """Rows by which a format is recognized."""

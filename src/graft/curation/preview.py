@@ -5,15 +5,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from graft.curation.findings import view_of
+from graft.curation.source import open_source
+from graft.curation.tokens import special_tokens
 from graft.data.dialogue import Dialogue, Graded, Preference
-from graft.data.findings import view_of
 from graft.data.formats import AnyRow
-from graft.data.render import Renderer, Train
 from graft.data.rows import Row
-from graft.data.source import open_source
-from graft.data.supervise import supervise
-from graft.data.tokens import load_tokenizer, special_tokens
 from graft.errors import DataError, UsageError, nearest
+from graft.rendering.render import Renderer, Train
+from graft.rendering.supervise import supervise
 
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -73,6 +73,8 @@ def preview(
     """
     if train not in TRAIN:
         raise UsageError(f"--train is {train!r}", nearest(train, TRAIN))
+    from graft.model import load_tokenizer
+
     source = open_source(given, columns, wanted)
     tokenizer = load_tokenizer(model)
     renderer: Renderer | None = None

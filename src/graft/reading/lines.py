@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path, PurePath
 
-from graft.data.faults import BadRow, snippet_of
 from graft.errors import DataError
+from graft.reading.faults import BadRow, snippet_of
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 """Endings of data files; `.gz` may stand behind all but `.parquet`."""

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from graft.curation.findings import View
 from graft.data.dialogue import Graded, Preference
-from graft.data.findings import View
 from graft.data.formats import AnyRow
 from graft.splits import group_near_equal, normal_form
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from graft.data.dialogue import Message
-from graft.data.encoder import Encoder
-from graft.data.jinja import ChatTemplate
 from graft.errors import DataError
+from graft.rendering.encoder import Encoder
+from graft.rendering.jinja import ChatTemplate
 
 _HIDING = range(0xE000, 0xF900)
 """Private-use characters that hide special tokens of contents from the template."""

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from graft.data.dialogue import Dialogue, Message
-from graft.data.render import Rendered, Renderer, Train
 from graft.errors import DataError
+from graft.rendering.render import Rendered, Renderer, Train
 
 MAX_LOST = 0.05
 """Share of rows that may be lost before training is refused."""

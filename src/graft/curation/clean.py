@@ -10,17 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from graft.data import copies, private, signs
-from graft.data.check import Watch, marks_of
-from graft.data.copies import Mark, mark_of
-from graft.data.faults import BadRow
-from graft.data.files import Record
-from graft.data.findings import view_of
+from graft.curation import copies, private, signs
+from graft.curation.check import Watch, marks_of
+from graft.curation.copies import Mark, mark_of
+from graft.curation.findings import view_of
+from graft.curation.source import Item, Source, line_of, open_source, raw_lines, share_read
+from graft.curation.survey import SIGNS
+from graft.curation.writing import as_line, check_target, write_lines
 from graft.data.formats import AnyRow, Recognized, read_row
-from graft.data.source import Item, Source, line_of, open_source, raw_lines, share_read
-from graft.data.survey import SIGNS
-from graft.data.writing import as_line, check_target, write_lines
 from graft.errors import DataError, GraftError, UsageError, nearest
+from graft.reading.faults import BadRow
+from graft.reading.files import Record
 
 RULES: Mapping[str, bool] = {
     "unreadable": True,

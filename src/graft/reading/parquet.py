@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from graft.data.faults import BadRow, Faults, settle
 from graft.errors import DataError
+from graft.reading.faults import BadRow, Faults, settle
 
 _BATCH = 256
 """Rows that are decoded together."""

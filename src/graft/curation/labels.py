@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from graft.data.findings import EXAMPLES, Example, Finding, Severity
+from graft.curation.findings import EXAMPLES, Example, Finding, Severity
 
 _NOTHING = {"nan", "none", "null", "n/a", "na", "unknown", "?", "-"}
 _FEW = 0.04

@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from graft.data import private, signs
-from graft.data.copies import Mark, mark_of
-from graft.data.findings import EXAMPLES, Example, View, snippet, view_of
-from graft.data.source import Item
+from graft.curation import private, signs
+from graft.curation.copies import Mark, mark_of
+from graft.curation.findings import EXAMPLES, Example, View, snippet, view_of
+from graft.curation.source import Item
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from graft.data.faults import BadRow, Faults, kind_of, settle, snippet_of
-from graft.data.lines import AS_JSONL, text_of
 from graft.errors import DataError
+from graft.reading.faults import BadRow, Faults, kind_of, settle, snippet_of
+from graft.reading.lines import AS_JSONL, text_of
 
 MAX_WHOLE = 500_000_000
 """Bytes of the largest JSON array, which has to be held as a whole."""

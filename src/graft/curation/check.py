@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from graft.data import copies, private, signs
-from graft.data.copies import Mark, mark_of
-from graft.data.findings import EXAMPLES, Example, Finding, Lengths, Report, Severity, lengths_of, snippet, view_of
+from graft.curation import copies, private, signs
+from graft.curation.copies import Mark, mark_of
+from graft.curation.findings import EXAMPLES, Example, Finding, Lengths, Report, Severity, lengths_of, snippet, view_of
+from graft.curation.labels import label_findings
+from graft.curation.source import Source, line_of, open_source, share_read
+from graft.curation.survey import SIGNS, Sign, Survey, on_whole
 from graft.data.formats import AnyRow
-from graft.data.labels import label_findings
-from graft.data.source import Source, line_of, open_source, share_read
-from graft.data.survey import SIGNS, Sign, Survey, on_whole
 from graft.errors import DataError
 
 Watch = Callable[[str, float], None]
@@ -65,7 +65,7 @@ def check(given: str, options: Options | None = None, watch: Watch | None = None
     findings += label_findings(survey.labels, survey.label_places) if source.unit == "labelled" else []
     lengths = [lengths_of("characters", survey.lengths)] if survey.lengths else []
     if tokenizer is not None and kept:
-        from graft.data.tokens import token_findings
+        from graft.curation.tokens import token_findings
 
         more, counted = token_findings(tokenizer, kept, options.max_length, tell)
         findings += more
@@ -223,7 +223,7 @@ def _outliers(survey: Survey) -> Finding | None:
 def _tokenizer(options: Options) -> Any:
     if options.model is None:
         return None
-    from graft.data.tokens import load_tokenizer
+    from graft.model import load_tokenizer
 
     return load_tokenizer(options.model)
 
@@ -232,7 +232,7 @@ def _tests(tokenizer: Any) -> tuple[Sign, ...]:
     """The signs, with the tokens of a model's own among the special ones."""
     if tokenizer is None:
         return SIGNS
-    from graft.data.tokens import special_tokens
+    from graft.curation.tokens import special_tokens
 
     own = sorted(token for token in special_tokens(tokenizer).values() if len(token) > 3)
     if not own:

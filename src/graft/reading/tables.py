@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from graft.data.faults import BadRow, Faults, settle, snippet_of
-from graft.data.lines import MAX_LINE, suffix_of, text_of
 from graft.errors import DataError
+from graft.reading.faults import BadRow, Faults, settle, snippet_of
+from graft.reading.lines import MAX_LINE, suffix_of, text_of
 
 csv.field_size_limit(MAX_LINE)  # the default of 131,072 characters is less than a long document has
 

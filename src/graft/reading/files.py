@@ -11,12 +11,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from graft.data.faults import BadRow, Fault, Faults, kind_of
-from graft.data.jsonrows import array_rows, jsonl_rows
-from graft.data.lines import MAX_LINE, SUFFIXES, check_file, lines_of, suffix_of
-from graft.data.parquet import parquet_rows
-from graft.data.tables import csv_rows, txt_rows
 from graft.errors import DataError
+from graft.reading.faults import BadRow, Fault, Faults, kind_of
+from graft.reading.jsonrows import array_rows, jsonl_rows
+from graft.reading.lines import MAX_LINE, SUFFIXES, check_file, lines_of, suffix_of
+from graft.reading.parquet import parquet_rows
+from graft.reading.tables import csv_rows, txt_rows
 
 __all__ = ["MAX_LINE", "SUFFIXES", "BadRow", "Fault", "Faults", "Record", "iterate_records", "kind_of", "read_records"]
 

@@ -3,27 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from graft.curation.findings import EXAMPLES, Example, Finding, Lengths, Severity, lengths_of, snippet, view_of
+from graft.curation.private import masked
 from graft.data.dialogue import Dialogue
-from graft.data.findings import EXAMPLES, Example, Finding, Lengths, Severity, lengths_of, snippet, view_of
 from graft.data.formats import AnyRow
-from graft.data.private import masked
-from graft.errors import ModelError
 
 _PIECE = 512
 """Texts that are encoded at once."""
-
-
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a starter, folder or hub id; weights are not read. Raises `ModelError` when there is none."""
-    from transformers import AutoTokenizer
-
-    from graft.model import locate
-
-    try:
-        return AutoTokenizer.from_pretrained(locate(model), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{model}: its tokenizer cannot be read ({first})", "give a model with a tokenizer") from None
 
 
 def special_tokens(tokenizer: Any) -> dict[int, str]:
@@ -80,8 +66,8 @@ def _untrained(
     tokenizer: Any, dialogues: Sequence[Dialogue], max_length: int, tell: Callable[[str, float], None]
 ) -> list[Finding]:
     """What `supervise` says of the dialogues: rows that would train nothing, ends that would not be learnt."""
-    from graft.data.render import Renderer
-    from graft.data.supervise import supervise
+    from graft.rendering.render import Renderer
+    from graft.rendering.supervise import supervise
 
     tell("rendering", 0.9)
     kept, report = supervise(Renderer(tokenizer), dialogues, max_length, "assistant")

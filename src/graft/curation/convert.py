@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from graft.data.check import Watch
-from graft.data.faults import BadRow
-from graft.data.findings import view_of
+from graft.curation.check import Watch
+from graft.curation.findings import view_of
+from graft.curation.source import open_source, share_read
+from graft.curation.writing import as_line, check_target, kind_of_target, write_lines
 from graft.data.formats import to_record
 from graft.data.readers import FORMATS
-from graft.data.source import open_source, share_read
-from graft.data.writing import as_line, check_target, kind_of_target, write_lines
 from graft.errors import DataError, UsageError, nearest
+from graft.reading.faults import BadRow
 from graft.splits import group_near_equal, split_by_group
 
 PARTS = ("train", "validation", "test")

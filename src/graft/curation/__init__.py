@@ -1,0 +1,1 @@
+"""What is wrong with data, and what to do about it: check, clean, split, convert, preview."""

@@ -1,0 +1,1 @@
+"""Dialogues as token ids and a loss mask, through a chat template."""
