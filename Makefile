@@ -13,9 +13,18 @@ demo: .venv/installed ## compare six methods on a real model and real data (abou
 	@$(BIN)/graft assets pull
 	@$(BIN)/graft demo
 
-demo-chat: .venv/installed-chat ## tune a chat model on a task, compare it with its base, ask it (ten minutes, fetches 100 MB)
+CHAT := runs/demo-chat
+demo-chat: .venv/installed-chat ## tune a chat model on a task: clean, train, compare, ask (ten minutes, fetches 100 MB)
 	@$(BIN)/graft assets pull smollm2-135m
-	@$(BIN)/graft demo --chat
+	@mkdir -p $(CHAT)/data
+	$(BIN)/graft data convert task:family_relationships -o $(CHAT)/data/raw.jsonl --force
+	@echo "# 200 rows once more, as after joining two exports"; head -n 200 $(CHAT)/data/raw.jsonl > $(CHAT)/data/more
+	@cat $(CHAT)/data/more >> $(CHAT)/data/raw.jsonl; rm $(CHAT)/data/more
+	$(BIN)/graft data check $(CHAT)/data/raw.jsonl
+	$(BIN)/graft data clean $(CHAT)/data/raw.jsonl -o $(CHAT)/data/train.jsonl --force
+	$(BIN)/graft compare recipes/demo-chat.yaml -o $(CHAT)/compare
+	$(BIN)/graft chat $(CHAT)/compare/trials/lora-*-seed1 --base --once "$(QUESTION)"
+QUESTION := Oscar is married to Ruth. They have a child called Ivy. How is Ruth related to Ivy? Answer with a single word.
 
 test: .venv/installed-dev check ## every check and test
 	@$(BIN)/graft assets pull

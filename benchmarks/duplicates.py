@@ -18,7 +18,6 @@ FOLDER/duplicates.json; `--keep` writes them to docs/results/duplicates.json too
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import time
@@ -27,69 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from repetition import bootstrap, copied, repeated, runs_of, variety, words
 
-ROOT = Path(__file__).parents[1]
+KEPT = Path(__file__).parents[1] / "docs" / "results" / "duplicates.json"
 CONDITIONS = ("base", "copies", "cleaned", "different", "epochs")
-RUN_LENGTH = 8
-"""Words in a row that count as a training row's own."""
+BATCH = 8
 PROMPT_WORDS = 5
 NEW_TOKENS = 64
 SAMPLES = 8
 SAMPLED_PROMPTS = 10
 HELD = 150
 TEMPERATURE = 0.7
-DRAWS = 10_000
-
-
-# What is measured -----------------------------------------------------------------------------------
-
-
-def repeated(ids: Sequence[int], n: int) -> float:
-    """Share of the n-grams of `ids` that stand before in it: 1 - distinct / all (seq-rep-n of Welleck et al. 2020,
-    arXiv 1908.04319); 0 for fewer than two n-grams.
-    """
-    grams = [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def words(text: str) -> list[str]:
-    """The words of a text without regard to case and punctuation."""
-    return re.findall(r"\w+(?:['’]\w+)*", text.casefold())
-
-
-def runs_of(rows: Sequence[str], length: int = RUN_LENGTH) -> set[tuple[str, ...]]:
-    """All runs of `length` words of the rows; none reaches from one row into the next."""
-    found = set()
-    for row in rows:
-        said = words(row)
-        found |= {tuple(said[start : start + length]) for start in range(len(said) - length + 1)}
-    return found
-
-
-def copied(text: str, known: set[tuple[str, ...]], length: int = RUN_LENGTH) -> bool:
-    """Whether a text holds one of the runs of `runs_of`."""
-    return not known.isdisjoint(runs_of([text], length))
-
-
-def variety(texts: Sequence[str], n: int = 4) -> float:
-    """Share of the n-grams of words of several texts that are different ones; 1 where no text is that long."""
-    grams = [gram for text in texts for gram in _grams(words(text), n)]
-    return len(set(grams)) / len(grams) if grams else 1.0
-
-
-def _grams(said: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    return [tuple(said[start : start + n]) for start in range(len(said) - n + 1)]
-
-
-def bootstrap(values: Sequence[Sequence[float]]) -> list[float]:
-    """Mean of values [seeds, items] and the 2.5 and 97.5 % points of the mean over items drawn with replacement.
-
-    Items are prompts or texts. How far seeds lie apart is not in it: their own means are kept beside.
-    """
-    each = np.asarray(values, dtype=float).mean(axis=0)
-    drawn = np.random.default_rng(1).integers(0, len(each), size=(DRAWS, len(each)))
-    low, high = np.quantile(each[drawn].mean(axis=1), [0.025, 0.975])
-    return [float(each.mean()), float(low), float(high)]
 
 
 # Rows ----------------------------------------------------------------------------------------------
@@ -146,7 +93,7 @@ def recipe(folder: Path, condition: str, seed: int, copies: int) -> Any:
             "method": {"name": "lora", "r": 16, "target_modules": "all-linear", "learning_rate": 1e-3},
             "training": {
                 "num_train_epochs": copies if condition == "epochs" else 1,
-                "per_device_train_batch_size": 8,
+                "per_device_train_batch_size": BATCH,
                 "load_best_model_at_end": False,
             },
             "forgetting": [],
@@ -161,7 +108,7 @@ def recipe(folder: Path, condition: str, seed: int, copies: int) -> Any:
 class Bench:
     """One base for all measurements, and the prompts."""
 
-    def __init__(self, folder: Path, data: dict[str, list[str]], prompts: int) -> None:
+    def __init__(self, data: dict[str, list[str]], prompts: int) -> None:
         import torch
 
         from graft.model import load_base
@@ -170,7 +117,7 @@ class Bench:
         from graft.train.precision import choose
 
         precision = choose("auto", torch.device("cpu"))
-        self.folder, self.data = folder, data
+        self.data = data
         self.accelerator = make_accelerator(precision.name)
         self.base = load_base("smollm2-135m", dtype=precision.dtype)
         self.precision = precision
@@ -196,7 +143,7 @@ class Bench:
                 "train_loss": self._losses(self.data["cleaned"], entry),
             }
             for name, prompts in self.prompts.items():
-                found[name] = self._greedy(prompts, entry, runs_of(trained), runs_of(self.data["cleaned"]))
+                found[name] = self._greedy(prompts, entry, runs_of(trained))
             found["sampled"] = self._sampled(self.prompts["held-out"][:SAMPLED_PROMPTS], entry)
         if entry is not None:
             detach(self.base, entry)
@@ -227,7 +174,7 @@ class Bench:
         stops = [place for place, token in enumerate(ids) if token in self.renderer.stop_ids]
         return list(ids[: stops[0]] if stops else ids)
 
-    def _greedy(self, prompts: Sequence[str], entry: str | None, known: set[Any], few: set[Any]) -> dict[str, Any]:
+    def _greedy(self, prompts: Sequence[str], entry: str | None, known: set[tuple[str, ...]]) -> dict[str, Any]:
         from graft.sampling import GREEDY
 
         answers = self._answers(prompts, entry, GREEDY)
@@ -238,8 +185,6 @@ class Bench:
             "repeated_4_to_end": [repeated(ids, 4) for ids in own],
             "ended": [float(len(mine) < len(ids)) for mine, ids in zip(own, answers, strict=True)],
             "copied": [float(copied(self._text(ids), known)) for ids in answers],
-            "copied_to_end": [float(copied(self._text(ids), known)) for ids in own],
-            "copied_few": [float(copied(self._text(ids), few)) for ids in answers],
             "texts": [self._text(ids) for ids in answers],
         }
 
@@ -270,11 +215,7 @@ FIGURES = {
     "repeated_4_to_end": ("held-out", "repeated_4_to_end"),
     "ended": ("held-out", "ended"),
     "copied": ("held-out", "copied"),
-    "copied_to_end": ("held-out", "copied_to_end"),
-    "copied_few": ("held-out", "copied_few"),
     "copied_when_prompted": ("training", "copied"),
-    "copied_few_when_prompted": ("training", "copied_few"),
-    "repeated_4_when_prompted": ("training", "repeated_4"),
     "distinct": ("sampled", "distinct"),
     "variety": ("sampled", "variety"),
 }
@@ -288,32 +229,85 @@ def values_of(measured: dict[str, Any], figure: str) -> list[float]:
     return list(found)
 
 
-def summary(measured: dict[str, list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """From the measurements of each condition and seed: its figures, and the paired differences to `copies`."""
-    rows, differences = [], []
+def summary(measured: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """From the measurements of each condition and seed: `conditions`, the figures of each, and `differences`, of
+    `copies` minus each other condition on the same prompts or texts.
+    """
+    conditions, differences = {}, {}
     for condition, seeds in measured.items():
-        figures = {}
-        for name in FIGURES:
-            values = [values_of(seed, name) for seed in seeds]
-            figures[name] = {"value": bootstrap(values), "seeds": [float(np.mean(value)) for value in values]}
-        rows.append({"condition": condition, "figures": figures})
+        conditions[condition] = {name: _told([values_of(seed, name) for seed in seeds]) for name in FIGURES}
         if condition == "copies":
             continue
-        gaps = {}
+        seeds = seeds * len(measured["copies"]) if condition == "base" else seeds  # the base is measured once
+        differences[condition] = {}
         for name in FIGURES:
-            mine = [np.asarray(values_of(seed, name)) for seed in seeds]
-            theirs = [np.asarray(values_of(seed, name)) for seed in measured["copies"]]
-            mine = mine * len(theirs) if len(mine) == 1 else mine  # the base has one measurement
-            each = [(b - a).tolist() for a, b in zip(mine, theirs, strict=True)]
-            gaps[name] = {"value": bootstrap(each), "seeds": [float(np.mean(value)) for value in each]}
-        differences.append({"condition": condition, "copies_minus_it": gaps})
-    return rows, differences
+            pairs = zip(measured["copies"], seeds, strict=True)
+            gaps = [np.subtract(values_of(copies, name), values_of(other, name)) for copies, other in pairs]
+            differences[condition][name] = _told(gaps)
+    return {"conditions": conditions, "differences": differences}
+
+
+def _told(values: Sequence[Sequence[float]]) -> dict[str, list[float]]:
+    return {"value": bootstrap(values), "seeds": [float(np.mean(each)) for each in values]}
+
+
+def distinct_rows(texts: Sequence[str], lengths: Sequence[int], seed: int, epochs: int) -> float:
+    """Mean number of different rows in a training step."""
+    from graft.data.batch import training_batches
+
+    steps = [rows for epoch in range(epochs) for rows in training_batches(lengths, BATCH, seed=seed, epoch=epoch)]
+    return float(np.mean([len({texts[row] for row in rows}) for rows in steps]))
+
+
+def measure_all(given: argparse.Namespace, seeds: Sequence[int]) -> dict[str, Any]:
+    """Train and measure every condition with every seed, or read what is finished."""
+    from graft.files import write_json
+    from graft.measure import environment
+    from graft.run import execute
+
+    data = write_data(given.folder / "data", given.rows, given.copies)
+    bench = Bench(data, given.prompts)
+    measured: dict[str, list[dict[str, Any]]] = {}
+    trained: dict[str, list[dict[str, Any]]] = {}
+    for seed, condition in [(seed, name) for seed in seeds for name in CONDITIONS]:
+        if condition == "base" and seed != seeds[0]:
+            continue
+        place = given.folder / f"{condition}-{seed}"
+        kept = given.folder / f"{condition}-{seed}-{given.prompts}-prompts.json"
+        if not kept.exists():
+            if condition != "base":
+                execute(recipe(given.folder / "data", condition, seed, given.copies), place)
+            write_json(kept, bench.measure(condition, None if condition == "base" else place / "adapter"))
+        if condition != "base":
+            trained.setdefault(condition, []).append(_training_of(place))
+        measured.setdefault(condition, []).append(json.loads(kept.read_text("utf-8")))
+        print(f"{time.strftime('%H:%M')} {condition}, seed {seed}", flush=True)
+    per_step = {}
+    for condition, epochs in (("copies", 1), ("epochs", given.copies)):
+        lengths = [len(bench.renderer.text(text)) for text in data[condition]]
+        per_step[condition] = distinct_rows(data[condition], lengths, seeds[0], epochs)
+    return summary(measured) | {
+        "trained": trained,
+        "distinct_rows_per_step": per_step,
+        "held_texts": len(data["held"]),
+        "sampled_prompts": min(SAMPLED_PROMPTS, given.prompts),
+        "training_prompts": len(bench.prompts["training"]),
+        "example": {"prompt": bench.prompts["held-out"][0]}
+        | {condition: seen[0]["held-out"]["texts"][0] for condition, seen in measured.items()},
+        "environment": environment() | {"dtype": bench.precision.name, "dtype_reason": bench.precision.reason},
+    }
+
+
+def _training_of(run: Path) -> dict[str, Any]:
+    """Steps, seconds, and the validation loss in nats per token at each evaluated step."""
+    report = json.loads((run / "report.json").read_text("utf-8"))
+    points = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    losses = {str(point["step"]): point["validation_loss"] for point in points if point["validation_loss"] is not None}
+    return {"steps": report["steps"], "seconds": report["train_seconds"], "validation_loss": losses}
 
 
 def main() -> None:
     from graft.files import write_json
-    from graft.measure import environment
-    from graft.run import execute
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -324,44 +318,11 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="write docs/results/duplicates.json")
     given = parser.parse_args()
     seeds = [int(seed) for seed in given.seeds.split(",")]
-    data = write_data(given.folder / "data", given.rows, given.copies)
-    bench = Bench(given.folder, data, given.prompts)
-    measured: dict[str, list[dict[str, Any]]] = {}
-    costs: dict[str, list[dict[str, Any]]] = {}
-    for seed in seeds:
-        for condition in CONDITIONS:
-            if condition == "base" and seed != seeds[0]:
-                continue
-            place = given.folder / f"{condition}-{seed}"
-            started = time.perf_counter()
-            if condition != "base":
-                report = execute(recipe(given.folder / "data", condition, seed, given.copies), place)
-                costs.setdefault(condition, []).append({key: report[key] for key in ("steps", "train_seconds")})
-            kept = given.folder / f"{condition}-{seed}.json"
-            if not kept.exists():
-                write_json(kept, bench.measure(condition, None if condition == "base" else place / "adapter"))
-            measured.setdefault(condition, []).append(json.loads(kept.read_text("utf-8")))
-            print(f"{condition} seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
-    rows, differences = summary(measured)
-    result = {
-        "claim": "duplicates",
-        "command": f"python benchmarks/duplicates.py {' '.join(sys.argv[1:])}",
-        "created": time.strftime("%Y-%m-%d"),
-        "environment": environment() | {"dtype": bench.precision.name, "dtype_reason": bench.precision.reason},
-        "rows": given.rows,
-        "copies": given.copies,
-        "seeds": seeds,
-        "prompts": given.prompts,
-        "held_texts": len(data["held"]),
-        "costs": costs,
-        "conditions": rows,
-        "differences": differences,
-        "samples": {c: m[0]["held-out"]["texts"][:3] for c, m in measured.items()},
-        "sample_prompts": bench.prompts["held-out"][:3],
-    }
-    write_json(given.folder / "duplicates.json", result)
-    if given.keep:
-        write_json(ROOT / "docs" / "results" / "duplicates.json", result)
+    command = "python benchmarks/duplicates.py " + " ".join(word for word in sys.argv[1:] if word != "--keep")
+    told = {"claim": "duplicates", "command": command, "created": time.strftime("%Y-%m-%d"), "seeds": seeds}
+    told |= {"rows": given.rows, "copies": given.copies, "prompts": given.prompts} | measure_all(given, seeds)
+    for place in [given.folder / "duplicates.json", *([KEPT] if given.keep else [])]:
+        write_json(place, told)
 
 
 if __name__ == "__main__":

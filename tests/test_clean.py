@@ -354,7 +354,7 @@ def test_convert_faults(tmp_path):
 
 def test_convert_a_task(tmp_path):
     pytest.importorskip("reasoning_gym")
-    result = convert("task:family_relationships?size=12", tmp_path / "a.jsonl", "prompt-completion")
+    result = convert("task:family_relationships:size=12", tmp_path / "a.jsonl", "prompt-completion")
     assert result.rows == 12
     assert len(read(tmp_path / "a.jsonl")) == 12
 

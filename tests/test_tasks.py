@@ -39,12 +39,12 @@ def questions(rows: list[Dialogue]) -> list[str]:
 
 def test_sources():
     assert [is_task(source) for source in (FAMILY, "tasks.jsonl", "./task:x", "task:")] == [True, False, False, True]
-    read = read_source("task:gcd, lcm,gcd?size=7&seed=0")
+    read = read_source("task:gcd, lcm,gcd:size=7:seed=0")
     assert (read.names, read.sizes, read.seed) == (("gcd", "lcm"), {"train": 7, "validation": 7, "test": 7}, 0)
     assert (read_source("task:gcd").sizes, read_source("task:gcd").seed) == (SIZES, 1)
-    assert read_source("task:gcd?size=5000").sizes == SIZES | {"train": 5000}
-    assert read_source("task:gcd?size=200").sizes == {"train": 200, "validation": 100, "test": 200}
-    assert read_source("task:gcd?test=900&size=2&validation=3").sizes == {"train": 2, "validation": 3, "test": 900}
+    assert read_source("task:gcd:size=5000").sizes == SIZES | {"train": 5000}
+    assert read_source("task:gcd:size=200").sizes == {"train": 200, "validation": 100, "test": 200}
+    assert read_source("task:gcd:test=900:size=2:validation=3").sizes == {"train": 2, "validation": 3, "test": 900}
 
 
 @pytest.mark.parametrize(
@@ -53,15 +53,15 @@ def test_sources():
         ("task:family_relationship", "no starter task 'family_relationship', did you mean 'family_relationships'?"),
         ("task:", "no starter task '', known: "),
         ("task:gcd,", "no starter task ''"),
-        ("task:gcd?sizes=3", "unknown option 'sizes', did you mean 'size'?"),
-        ("task:gcd?size", "size is a whole number from 1 to 200000, not ''"),
-        ("task:gcd?size=0", "size is a whole number from 1"),
-        ("task:gcd?size=1e3", "not '1e3'"),
-        ("task:gcd?size=٣", "not '٣'"),
-        ("task:gcd?size=9999999999999999999999", "size is a whole number"),
-        ("task:gcd?test=x", "test is a whole number from 1 to 200000, not 'x'"),
-        ("task:gcd?seed=1&seed=2", "seed stands twice"),
-        ("task:gcd?seed=-1", "seed is a whole number from 0 to 2000, not '-1'"),
+        ("task:gcd:sizes=3", "unknown option 'sizes', did you mean 'size'?"),
+        ("task:gcd:size", "size is a whole number from 1 to 200000, not ''"),
+        ("task:gcd:size=0", "size is a whole number from 1"),
+        ("task:gcd:size=1e3", "not '1e3'"),
+        ("task:gcd:size=٣", "not '٣'"),
+        ("task:gcd:size=9999999999999999999999", "size is a whole number"),
+        ("task:gcd:test=x", "test is a whole number from 1 to 200000, not 'x'"),
+        ("task:gcd:seed=1:seed=2", "seed stands twice"),
+        ("task:gcd:seed=-1", "seed is a whole number from 0 to 2000, not '-1'"),
         ("task:puzzle24", "'puzzle24' is no starter task: its verifier runs answers as Python code"),
         ("task:gcd,rush_hour", "'rush_hour' is no starter task: its questions come without an answer"),
     ],
@@ -92,7 +92,7 @@ def test_importing_graft_does_not_import_it():
 
 
 def test_rows():
-    rows = task_dialogues(f"{FAMILY}?seed=3", "test", 20)
+    rows = task_dialogues(f"{FAMILY}:seed=3", "test", 20)
     assert len(rows) == 20
     for row in rows:
         name, base, index = row.id.split("-")
@@ -115,8 +115,8 @@ def test_sizes():
             "test": 300,
         }
     )
-    assert len(task_dialogues(f"{FAMILY}?size=30", "test")) == 30
-    assert len(task_dialogues(f"{FAMILY}?size=30", "test", 9)) == 9
+    assert len(task_dialogues(f"{FAMILY}:size=30", "test")) == 30
+    assert len(task_dialogues(f"{FAMILY}:size=30", "test", 9)) == 9
 
 
 def test_no_question_is_in_two_splits():
@@ -125,7 +125,7 @@ def test_no_question_is_in_two_splits():
         assert [len(set(part)) for part in found] == [400] * 3
         assert len(set().union(*found)) == 1200
     other_seeds = {
-        question for seed in (2, 3, 9) for question in questions(task_dialogues(f"{CALENDAR}?seed={seed}", "test"))
+        question for seed in (2, 3, 9) for question in questions(task_dialogues(f"{CALENDAR}:seed={seed}", "test"))
     }
     train = set(questions(task_dialogues(CALENDAR, "train", 4000)))
     assert len(other_seeds) > 600
@@ -137,12 +137,12 @@ def test_a_smaller_size_is_the_start_of_a_larger_one():
 
 
 def test_seeds_are_unrelated():
-    first, second = (set(questions(task_dialogues(f"{FAMILY}?seed={seed}", "train", 300))) for seed in (1, 2))
+    first, second = (set(questions(task_dialogues(f"{FAMILY}:seed={seed}", "train", 300))) for seed in (1, 2))
     assert len(first & second) < 10
 
 
 def test_tasks_take_turns():
-    rows = task_dialogues("task:gcd,lcm,leg_counting?size=11", "train")
+    rows = task_dialogues("task:gcd,lcm,leg_counting:size=11", "train")
     assert [row.task for row in rows] == ["gcd", "lcm", "leg_counting"] * 3 + ["gcd", "lcm"]
     assert [row.task for row in task_dialogues("task:gcd,lcm", "train", 1)] == ["gcd"]
     assert [row for row in rows if row.task == "lcm"] == task_dialogues("task:lcm", "train", 4)

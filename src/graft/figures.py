@@ -179,7 +179,7 @@ SERVING = [
 ]
 FIGURES = [
     column("Loss", "loss", as_plain, "figures", "loss"),
-    column("Perplexity", "perplexity", as_plain, "figures", "perplexity"),
+    column("Perplexity", "", as_plain, "figures", "perplexity"),
     column("Answers ended, %", "ended, %", as_percent, "figures", "ended"),
 ]
 

@@ -219,11 +219,9 @@ def terminal_table(comparison: Mapping[str, Any], width: int | None = None) -> G
     """
     rows = comparison["rows"]
     losses = beside(_unit(comparison))
-    second = (
-        SERVING[1:] + FIGURES + losses
-        if any(column.value(row) for column in FIGURES for row in rows)
-        else SERVING + losses
-    )
+    told = [column for column in FIGURES if column.short and any(column.value(row) is not None for row in rows)]
+    # With losses beside it, the rate of training rows would not fit 80 columns; the page has it.
+    second = [*(SERVING[1:] if told else SERVING), *told, *losses]
     tables = []
     for block in [TRAINING + second] if width and width >= 130 else [TRAINING, second]:
         columns = [column for column in block if any(column.value(row) is not None for row in rows)]

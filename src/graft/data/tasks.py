@@ -1,6 +1,6 @@
 """Starter tasks: questions that reasoning_gym generates, with a verifier that grades answers.
 
-A source `task:NAME`, or `task:NAME,OTHER?size=2000&test=500&seed=7`, stands where a data file can. A question belongs
+A source `task:NAME`, or `task:NAME,OTHER:size=2000:test=500:seed=7`, stands where a data file can. A question belongs
 to one split by its own hash, so no question of one split is in another, whatever sizes and seeds are asked for.
 """
 
@@ -77,10 +77,10 @@ def read_source(source: str) -> Source:
     `size` is that of the training split; the others have at most so many questions, and at most those of `SIZES` unless
     `validation` or `test` says more. Raises `DataError` for an unknown task or option, or a bad number.
     """
-    names, _, options = source.removeprefix(PREFIX).partition("?")
+    names, _, options = source.removeprefix(PREFIX).partition(":")
     given: dict[str, int] = {}
     limits = {"seed": (0, MAX_SEED), **dict.fromkeys(("size", "validation", "test"), (1, MAX_SIZE))}
-    for option in filter(None, options.split("&")):
+    for option in filter(None, options.split(":")):
         key, _, value = option.partition("=")
         if key not in limits:
             raise DataError(f"{source}: unknown option {key!r}, {nearest(key, limits)}")

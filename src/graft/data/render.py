@@ -1,2 +1,0 @@
-from graft.rendering.render import *  # noqa
-from graft.rendering.render import Renderer  # noqa
