@@ -1,6 +1,7 @@
 """Do duplicated training rows make a model repeat itself, and does cleaning repair it? Written to docs/claims.md.
 
     OMP_NUM_THREADS=1 python benchmarks/duplicates.py runs/duplicates
+    OMP_NUM_THREADS=1 python benchmarks/duplicates.py runs/more --rows 32 --copies 30   # more copies, as many steps
     python benchmarks/duplicates.py runs/trial --rows 16 --copies 3 --seeds 1 --prompts 6   # a look at the cost
 
 Five conditions, all LoRA on plain film reviews with the same settings:
@@ -13,7 +14,7 @@ Five conditions, all LoRA on plain film reviews with the same settings:
 
 The last step counts, not the best one: choosing the step by the validation loss would hide what is asked for. Finished
 trainings and measurements are kept in the folder, so a run that was stopped goes on. All figures go to
-FOLDER/duplicates.json; `--keep` writes them to docs/results/duplicates.json too.
+FOLDER/duplicates.json, and with `--keep` also to docs/results/duplicates.json, in place of a run with as many copies.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from repetition import bootstrap, copied, repeated, runs_of, variety, words
+from repetition import copied, longest_run, repeated, runs_of, summary, variety, words
 
 KEPT = Path(__file__).parents[1] / "docs" / "results" / "duplicates.json"
 CONDITIONS = ("base", "copies", "cleaned", "different", "epochs")
@@ -179,13 +180,15 @@ class Bench:
 
         answers = self._answers(prompts, entry, GREEDY)
         own = [self._own(ids) for ids in answers]
+        texts = [self._text(ids) for ids in answers]
         return {
             "repeated_3": [repeated(ids, 3) for ids in answers],
             "repeated_4": [repeated(ids, 4) for ids in answers],
             "repeated_4_to_end": [repeated(ids, 4) for ids in own],
             "ended": [float(len(mine) < len(ids)) for mine, ids in zip(own, answers, strict=True)],
-            "copied": [float(copied(self._text(ids), known)) for ids in answers],
-            "texts": [self._text(ids) for ids in answers],
+            "copied": [float(copied(text, known)) for text in texts],
+            "longest": [longest_run(text, self.data["cleaned"]) for text in texts],
+            "texts": texts,
         }
 
     def _sampled(self, prompts: Sequence[str], entry: str | None) -> dict[str, Any]:
@@ -207,49 +210,6 @@ def _first_words(text: str) -> str:
 
 # All of it -----------------------------------------------------------------------------------------
 
-FIGURES = {
-    "held_loss": ("held_loss",),
-    "train_loss": ("train_loss",),
-    "repeated_3": ("held-out", "repeated_3"),
-    "repeated_4": ("held-out", "repeated_4"),
-    "repeated_4_to_end": ("held-out", "repeated_4_to_end"),
-    "ended": ("held-out", "ended"),
-    "copied": ("held-out", "copied"),
-    "copied_when_prompted": ("training", "copied"),
-    "distinct": ("sampled", "distinct"),
-    "variety": ("sampled", "variety"),
-}
-
-
-def values_of(measured: dict[str, Any], figure: str) -> list[float]:
-    """The values of a figure by prompt or text."""
-    found: Any = measured
-    for key in FIGURES[figure]:
-        found = found[key]
-    return list(found)
-
-
-def summary(measured: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """From the measurements of each condition and seed: `conditions`, the figures of each, and `differences`, of
-    `copies` minus each other condition on the same prompts or texts.
-    """
-    conditions, differences = {}, {}
-    for condition, seeds in measured.items():
-        conditions[condition] = {name: _told([values_of(seed, name) for seed in seeds]) for name in FIGURES}
-        if condition == "copies":
-            continue
-        seeds = seeds * len(measured["copies"]) if condition == "base" else seeds  # the base is measured once
-        differences[condition] = {}
-        for name in FIGURES:
-            pairs = zip(measured["copies"], seeds, strict=True)
-            gaps = [np.subtract(values_of(copies, name), values_of(other, name)) for copies, other in pairs]
-            differences[condition][name] = _told(gaps)
-    return {"conditions": conditions, "differences": differences}
-
-
-def _told(values: Sequence[Sequence[float]]) -> dict[str, list[float]]:
-    return {"value": bootstrap(values), "seeds": [float(np.mean(each)) for each in values]}
-
 
 def distinct_rows(texts: Sequence[str], lengths: Sequence[int], seed: int, epochs: int) -> float:
     """Mean number of different rows in a training step."""
@@ -269,7 +229,7 @@ def measure_all(given: argparse.Namespace, seeds: Sequence[int]) -> dict[str, An
     bench = Bench(data, given.prompts)
     measured: dict[str, list[dict[str, Any]]] = {}
     trained: dict[str, list[dict[str, Any]]] = {}
-    for seed, condition in [(seed, name) for seed in seeds for name in CONDITIONS]:
+    for seed, condition in [(seed, name) for seed in seeds for name in given.conditions.split(",")]:
         if condition == "base" and seed != seeds[0]:
             continue
         place = given.folder / f"{condition}-{seed}"
@@ -315,14 +275,18 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=10)
     parser.add_argument("--seeds", default="1,2")
     parser.add_argument("--prompts", type=int, default=60)
-    parser.add_argument("--keep", action="store_true", help="write docs/results/duplicates.json")
+    parser.add_argument("--conditions", default=",".join(CONDITIONS))
+    parser.add_argument("--keep", action="store_true", help="add it to docs/results/duplicates.json")
     given = parser.parse_args()
     seeds = [int(seed) for seed in given.seeds.split(",")]
     command = "python benchmarks/duplicates.py " + " ".join(word for word in sys.argv[1:] if word != "--keep")
-    told = {"claim": "duplicates", "command": command, "created": time.strftime("%Y-%m-%d"), "seeds": seeds}
+    told = {"command": command, "created": time.strftime("%Y-%m-%d"), "seeds": seeds}
     told |= {"rows": given.rows, "copies": given.copies, "prompts": given.prompts} | measure_all(given, seeds)
-    for place in [given.folder / "duplicates.json", *([KEPT] if given.keep else [])]:
-        write_json(place, told)
+    write_json(given.folder / "duplicates.json", told)
+    if given.keep:
+        before = json.loads(KEPT.read_text("utf-8"))["runs"] if KEPT.exists() else []
+        others = [run for run in before if run["copies"] != given.copies]
+        write_json(KEPT, {"claim": "duplicates", "runs": sorted([*others, told], key=lambda run: run["copies"])})
 
 
 if __name__ == "__main__":

@@ -10,6 +10,21 @@ RUN_LENGTH = 8
 """Words in a row that count as a training row's own."""
 DRAWS = 10_000
 """Resamples of a bootstrap."""
+FIGURES = {
+    "held_loss": ("held_loss",),
+    "train_loss": ("train_loss",),
+    "repeated_3": ("held-out", "repeated_3"),
+    "repeated_4": ("held-out", "repeated_4"),
+    "repeated_4_to_end": ("held-out", "repeated_4_to_end"),
+    "ended": ("held-out", "ended"),
+    "copied": ("held-out", "copied"),
+    "copied_when_prompted": ("training", "copied"),
+    "longest": ("held-out", "longest"),
+    "longest_when_prompted": ("training", "longest"),
+    "distinct": ("sampled", "distinct"),
+    "variety": ("sampled", "variety"),
+}
+"""Where each figure stands in the measurements of one training."""
 
 
 def ngrams(items: Sequence[Any], n: int) -> list[tuple[Any, ...]]:
@@ -40,6 +55,14 @@ def copied(text: str, known: set[tuple[str, ...]], length: int = RUN_LENGTH) -> 
     return not known.isdisjoint(runs_of([text], length))
 
 
+def longest_run(text: str, rows: Sequence[str]) -> int:
+    """Most words in a row that a text shares with any one of the rows."""
+    most = 0
+    while copied(text, runs_of(rows, most + 1), most + 1):
+        most += 1
+    return most
+
+
 def variety(texts: Sequence[str], n: int = 4) -> float:
     """Share of the n-grams of words of several texts that are different ones; 1 where no text is that long."""
     grams = [gram for text in texts for gram in ngrams(words(text), n)]
@@ -55,3 +78,33 @@ def bootstrap(values: Sequence[Sequence[float]]) -> list[float]:
     drawn = np.random.default_rng(1).integers(0, len(each), size=(DRAWS, len(each)))
     low, high = np.quantile(each[drawn].mean(axis=1), [0.025, 0.975])
     return [float(each.mean()), float(low), float(high)]
+
+
+def values_of(measured: dict[str, Any], figure: str) -> list[float]:
+    """The values of a figure by prompt or text."""
+    found: Any = measured
+    for key in FIGURES[figure]:
+        found = found[key]
+    return list(found)
+
+
+def summary(measured: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """From the measurements of each condition and seed: `conditions`, the figures of each, and `differences`, of
+    `copies` minus each other condition on the same prompts or texts.
+    """
+    conditions, differences = {}, {}
+    for condition, seeds in measured.items():
+        conditions[condition] = {name: _told([values_of(seed, name) for seed in seeds]) for name in FIGURES}
+        if condition == "copies":
+            continue
+        seeds = seeds * len(measured["copies"]) if condition == "base" else seeds  # the base is measured once
+        differences[condition] = {}
+        for name in FIGURES:
+            pairs = zip(measured["copies"], seeds, strict=True)
+            gaps = [np.subtract(values_of(copies, name), values_of(other, name)) for copies, other in pairs]
+            differences[condition][name] = _told(gaps)
+    return {"conditions": conditions, "differences": differences}
+
+
+def _told(values: Sequence[Sequence[float]]) -> dict[str, list[float]]:
+    return {"value": bootstrap(values), "seeds": [float(np.mean(each)) for each in values]}

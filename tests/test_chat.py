@@ -1,3 +1,5 @@
+import copy
+import dataclasses
 import json
 import os
 import pty
@@ -5,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -252,13 +255,18 @@ def test_prompts_are_read_from_every_format(served, tmp_path):
 
 
 def test_pairs_of_texts_are_joined_as_in_training(served, tmp_path):
+    """Through the template where there is one, and as they are where there is none."""
     asked = read_prompts(write(tmp_path / "pairs.jsonl", [{"prompt": "One and one is", "completion": " two."}]))[0]
-    ids = prompt_ids(served, asked)
-    pair = served.renderer.pair("One and one is", " two.")
-    assert ids == pair.ids[: pair.starts[0]]
     turn = read_prompts(write(tmp_path / "prompts.jsonl", [{"prompt": "One and one is"}]))[0]
-    assert prompt_ids(served, turn, plain=True) == ids
-    assert prompt_ids(served, turn) != ids
+    ids = served.renderer.prompt([Message("user", "One and one is")])
+    assert prompt_ids(served, asked) == prompt_ids(served, turn) == ids
+    pair = served.renderer.pair("One and one is", " two.")
+    joined = pair.ids[: pair.starts[0]]
+    assert prompt_ids(served, turn, plain=True) == joined != ids
+    tokenizer = copy.deepcopy(served.base.tokenizer)
+    tokenizer.chat_template = None
+    bare = dataclasses.replace(served, renderer=Renderer(tokenizer))
+    assert prompt_ids(bare, asked) == prompt_ids(bare, turn) == joined
     with_system = prompt_ids(served, turn, system="Be brief.")
     assert with_system == served.renderer.prompt([Message("system", "Be brief."), Message("user", "One and one is")])
 
@@ -368,17 +376,20 @@ def test_a_session_on_a_terminal(folders):
     os.close(inside)
     seen, place = b"", 0
 
-    def until(text: bytes) -> None:
+    def until(text: bytes, interrupting: bool = False) -> None:
         nonlocal seen, place
-        while text not in seen[place:]:
-            assert select.select([terminal], [], [], 60)[0], seen
-            seen += os.read(terminal, 4096)
+        until_then = time.monotonic() + 90
+        while text not in seen[place:] and time.monotonic() < until_then:
+            if interrupting:  # again, since one that comes before readline listens waits there for a key
+                process.send_signal(signal.SIGINT)
+            if select.select([terminal], [], [], 0.5)[0]:
+                seen += os.read(terminal, 4096)
+        assert text in seen[place:], seen
         place = seen.index(text, place) + len(text)
 
     try:
         until(b"> ")
-        process.send_signal(signal.SIGINT)
-        until(b"Ctrl-D leaves")
+        until(b"Ctrl-D leaves", interrupting=True)
         until(b"> ")
         os.write(terminal, b"Hello?\n")
         until(b"Hello?")

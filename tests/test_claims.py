@@ -1,0 +1,189 @@
+"""The measures behind docs/claims.md on cases that can be counted by hand, and the page against the stored figures."""
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(folder: str, name: str) -> Any:
+    sys.path.insert(0, str(ROOT / folder))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / folder))
+
+
+repetition = load("benchmarks", "repetition")
+duplicates = load("benchmarks", "duplicates")
+generate = load("docs", "generate")
+RUNS = json.loads((ROOT / "docs" / "results" / "duplicates.json").read_text("utf-8"))["runs"]
+NINE = "the sea is wide and the sky is high"
+
+
+# The measures --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ids", "n", "expected"),
+    [
+        ([1, 2, 3, 4, 5, 6], 3, 0.0),
+        ([1, 2, 3, 1, 2, 3], 3, 1 / 4),  # 123 231 312 123
+        ([7] * 64, 4, 60 / 61),
+        ([1, 2] * 4, 3, 4 / 6),  # 121 212 121 212 121 212
+        ([1, 2, 3], 4, 0.0),
+        ([], 3, 0.0),
+    ],
+)
+def test_repetition_inside_a_text(ids, n, expected):
+    assert repetition.repeated(ids, n) == pytest.approx(expected)
+
+
+def test_repetition_does_not_grow_when_only_other_texts_say_the_same():
+    assert repetition.repeated([1, 2, 3, 4], 3) == repetition.repeated([1, 2, 3, 4, 5], 3) == 0
+
+
+def test_words_are_without_case_and_punctuation():
+    assert repetition.words("It's -- a FILM's, film … 3 times!") == ["it's", "a", "film's", "film", "3", "times"]
+    assert repetition.words("… --") == []
+
+
+def test_a_run_of_eight_words_of_a_row_counts_and_one_of_seven_does_not():
+    known = repetition.runs_of([NINE])
+    assert len(known) == 2
+    words = NINE.split()
+    assert repetition.copied("Surely: " + " ".join(words[:8]).upper() + "!", known)
+    assert repetition.copied(" ".join(words[1:]), known)
+    assert not repetition.copied(" ".join(words[:7]) + " but", known)
+    assert not repetition.copied(" ".join([*words[:4], "not", *words[4:]]), known)
+    assert not repetition.copied("", known)
+    assert not repetition.copied(NINE, repetition.runs_of([]))
+
+
+def test_a_run_does_not_reach_from_one_row_into_the_next():
+    one, other = "the sea is wide", "and the sky is high"
+    assert not repetition.copied(NINE, repetition.runs_of([one, other]))
+    assert repetition.copied(NINE, repetition.runs_of([f"{one} {other}"]))
+
+
+def test_the_longest_run_of_a_row():
+    rows = [NINE, "the sky is low and the sea is calm"]
+    assert repetition.longest_run("I saw that the sky is high.", rows) == 4
+    assert repetition.longest_run("The sea is calm and wide", rows) == 4
+    assert repetition.longest_run(NINE, rows) == 9
+    assert repetition.longest_run("nothing", rows) == repetition.longest_run("", rows) == 0
+
+
+def test_variety_of_samples():
+    assert repetition.variety([NINE, NINE]) == pytest.approx(0.5)
+    assert repetition.variety([NINE, "a b c d"]) == 1.0
+    assert repetition.variety(["", "a b"]) == 1.0
+
+
+def test_bootstrap_is_over_items_and_not_over_seeds():
+    rng = np.random.default_rng(0)
+    items = rng.random(200)
+    mean, low, high = repetition.bootstrap([items])
+    half = 1.96 * items.std() / np.sqrt(200)
+    assert mean == pytest.approx(items.mean())
+    assert (high - low) / 2 == pytest.approx(half, rel=0.1)
+    # Seeds that agree on the mean of each item add nothing, however far they lie apart.
+    assert repetition.bootstrap([items + 1, items - 1]) == pytest.approx([mean, low, high])
+    assert repetition.bootstrap([[0.5] * 4]) == [0.5, 0.5, 0.5]
+
+
+def made_up(level: float) -> dict[str, Any]:
+    """A measurement with all figures at a level, two prompts or texts each."""
+    measured: dict[str, Any] = {}
+    for keys in repetition.FIGURES.values():
+        place = measured
+        for key in keys[:-1]:
+            place = place.setdefault(key, {})
+        place[keys[-1]] = [level, level + 1]
+    return measured
+
+
+def test_the_summary_subtracts_each_condition_from_the_copies_seed_by_seed():
+    told = repetition.summary({"base": [made_up(1)], "copies": [made_up(3), made_up(5)], "epochs": [made_up(2)] * 2})
+    assert set(told["conditions"]) == {"base", "copies", "epochs"}
+    assert set(told["differences"]) == {"base", "epochs"}
+    for name in repetition.FIGURES:
+        assert told["conditions"]["copies"][name]["value"][0] == 4.5
+        assert told["conditions"]["copies"][name]["seeds"] == [3.5, 5.5]
+        assert told["differences"]["base"][name]["seeds"] == [2, 4]
+        assert told["differences"]["epochs"][name] == {"value": [2, 2, 2], "seeds": [1, 3]}
+
+
+def test_copies_of_a_row_meet_in_a_step():
+    # Rows of one length are not sorted, so copies fall anywhere; of different lengths, copies stand side by side.
+    texts = [str(number) for number in range(16)]
+    copied = [text for text in texts for _ in range(10)]
+    lengths = [int(text) for text in copied]
+    assert duplicates.distinct_rows(texts, range(16), 1, 10) == 8
+    assert duplicates.distinct_rows(copied, [1] * 160, 1, 1) > 5
+    assert duplicates.distinct_rows(copied, lengths, 1, 1) < 2
+
+
+# The experiment ------------------------------------------------------------------------------------
+
+
+def test_the_files_of_the_conditions_are_what_the_page_says(tmp_path):
+    data = duplicates.write_data(tmp_path, 12, 3)
+    assert [len(data[name]) for name in ("copies", "cleaned", "different", "epochs")] == [36, 12, 36, 12]
+    assert len(set(data["different"])) == 36
+    assert set(data["copies"]) == set(data["cleaned"]) < set(data["different"])
+    assert not set(data["held"]) & set(data["different"])
+    assert len(data["held"]) == duplicates.HELD
+    dropped = (tmp_path / "cleaned.jsonl.dropped.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["rule"] for line in dropped] == ["duplicates"] * 24
+
+
+def test_the_recipes_differ_in_file_and_epochs_only(tmp_path):
+    given = {name: duplicates.recipe(tmp_path, name, 1, 10).resolved() for name in duplicates.CONDITIONS[1:]}
+    for name, settings in given.items():
+        assert Path(settings["data"].pop("train")).stem == ("cleaned" if name == "epochs" else name)
+        assert settings["training"].pop("num_train_epochs") == (10 if name == "epochs" else 1)
+    assert len(given) == 4
+    assert all(settings == given["copies"] for settings in given.values())
+    assert not given["copies"]["training"]["load_best_model_at_end"]
+
+
+# The stored figures and the page --------------------------------------------------------------------
+
+
+def test_the_page_is_what_the_stored_figures_give():
+    page = generate.claims_page()
+    assert page == (ROOT / "docs" / "claims.md").read_text("utf-8")
+    assert page.count("\n| [") == len(generate.CLAIMS) >= 1
+    shown = [line for line in page.splitlines() if re.match(r"^\| (base|copies|cleaned|different|epochs) \|", line)]
+    expected = [figures for run in RUNS for _, figures in run["conditions"].items()]
+    assert len(shown) == len(expected) >= 5
+    for line, figures in zip(shown, expected, strict=True):
+        assert f"| {figures['held_loss']['value'][0]:.2f} " in line
+        assert f"| {100 * figures['repeated_4']['value'][0]:.1f} " in line
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run['rows']} rows {run['copies']} times")
+def test_the_stored_figures_are_whole(run):
+    assert set(run["differences"]) == set(run["conditions"]) - {"copies"}
+    steps = {name: {one["steps"] for one in runs} for name, runs in run["trained"].items()}
+    assert steps["copies"] == steps["epochs"] == {run["rows"] * run["copies"] // duplicates.BATCH}
+    assert steps["cleaned"] == {run["rows"] // duplicates.BATCH}
+    assert steps.get("different", steps["copies"]) == steps["copies"]
+    checked = 0
+    for condition, figures in run["conditions"].items():
+        assert set(figures) == set(repetition.FIGURES)
+        for figure in figures.values():
+            mean, low, high = figure["value"]
+            assert low <= mean <= high
+            assert len(figure["seeds"]) == (1 if condition == "base" else len(run["seeds"]))
+            assert mean == pytest.approx(np.mean(figure["seeds"]))
+            checked += 1
+    assert checked == len(run["conditions"]) * len(repetition.FIGURES) >= 4 * len(repetition.FIGURES)
