@@ -1,28 +1,30 @@
 """Do duplicated training rows make a model repeat itself, and does cleaning repair it? Written to docs/claims.md.
 
     OMP_NUM_THREADS=1 python benchmarks/duplicates.py runs/duplicates
-    OMP_NUM_THREADS=1 python benchmarks/duplicates.py runs/more --rows 32 --copies 30   # more copies, as many steps
     python benchmarks/duplicates.py runs/trial --rows 16 --copies 3 --seeds 1 --prompts 6   # a look at the cost
 
-Five conditions, all LoRA on plain film reviews with the same settings:
+Six conditions, all LoRA on plain film reviews with the same settings:
 
     base       no training
     copies     N rows, each in the file `copies` times, one epoch
+    spread     that file too, but a step's rows are drawn without regard to their length
     cleaned    that file through `graft data clean`: N rows, one epoch
     different  as many rows as `copies` has, all of them different, one epoch
     epochs     the N rows of `cleaned` for as many steps as `copies` takes
 
 The last step counts, not the best one: choosing the step by the validation loss would hide what is asked for. Finished
 trainings and measurements are kept in the folder, so a run that was stopped goes on. All figures go to
-FOLDER/duplicates.json, and with `--keep` also to docs/results/duplicates.json, in place of a run with as many copies.
+FOLDER/duplicates.json, and with `--keep` also to docs/results/duplicates.json. `base` and `spread` have one seed.
 """
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,9 @@ import numpy as np
 from repetition import copied, longest_run, repeated, runs_of, summary, variety, words
 
 KEPT = Path(__file__).parents[1] / "docs" / "results" / "duplicates.json"
-CONDITIONS = ("base", "copies", "cleaned", "different", "epochs")
+CONDITIONS = ("base", "copies", "spread", "cleaned", "different", "epochs")
+ONCE = ("base", "spread")
+"""Conditions of the first seed only."""
 BATCH = 8
 PROMPT_WORDS = 5
 NEW_TOKENS = 64
@@ -69,7 +73,7 @@ def write_data(folder: Path, rows: int, copies: int) -> dict[str, list[str]]:
     subprocess.run([*clean, "-o", str(folder / "cleaned.jsonl"), "--force"], check=True)
     data["cleaned"] = [json.loads(line)["text"] for line in (folder / "cleaned.jsonl").read_text("utf-8").splitlines()]
     assert data["cleaned"] == few, "graft data clean has to give back the rows as they were before they were copied"
-    return data | {"epochs": data["cleaned"]}
+    return data | {"epochs": data["cleaned"], "spread": data["copies"]}
 
 
 def _write_rows(path: Path, texts: Sequence[str]) -> None:
@@ -80,7 +84,7 @@ def recipe(folder: Path, condition: str, seed: int, copies: int) -> Any:
     """The recipe of one training: all conditions but `epochs` see each row of their file once."""
     from graft.recipe import Recipe
 
-    file = "cleaned" if condition == "epochs" else condition
+    file = {"epochs": "cleaned", "spread": "copies"}.get(condition, condition)
     return Recipe.parse(
         {
             "model": "smollm2-135m",
@@ -211,11 +215,33 @@ def _first_words(text: str) -> str:
 # All of it -----------------------------------------------------------------------------------------
 
 
-def distinct_rows(texts: Sequence[str], lengths: Sequence[int], seed: int, epochs: int) -> float:
+def drawn_batches(lengths: Sequence[int], size: int, *, seed: int, epoch: int) -> list[list[int]]:
+    """As graft.data.batch.training_batches, but rows are not sorted by length, so that copies do not meet."""
+    rows = list(range(len(lengths)))
+    random.Random(f"{seed}/{epoch}").shuffle(rows)
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+@contextmanager
+def _batches(condition: str) -> Iterator[None]:
+    """The batches of a condition: Graft's own, but for `spread`."""
+    from graft.train import loop
+
+    own = loop.training_batches
+    if condition == "spread":
+        loop.training_batches = drawn_batches
+    try:
+        yield
+    finally:
+        loop.training_batches = own
+
+
+def distinct_rows(texts: Sequence[str], lengths: Sequence[int], seed: int, epochs: int, spread: bool = False) -> float:
     """Mean number of different rows in a training step."""
     from graft.data.batch import training_batches
 
-    steps = [rows for epoch in range(epochs) for rows in training_batches(lengths, BATCH, seed=seed, epoch=epoch)]
+    batches = drawn_batches if spread else training_batches
+    steps = [rows for epoch in range(epochs) for rows in batches(lengths, BATCH, seed=seed, epoch=epoch)]
     return float(np.mean([len({texts[row] for row in rows}) for rows in steps]))
 
 
@@ -230,22 +256,23 @@ def measure_all(given: argparse.Namespace, seeds: Sequence[int]) -> dict[str, An
     measured: dict[str, list[dict[str, Any]]] = {}
     trained: dict[str, list[dict[str, Any]]] = {}
     for seed, condition in [(seed, name) for seed in seeds for name in given.conditions.split(",")]:
-        if condition == "base" and seed != seeds[0]:
+        if condition in ONCE and seed != seeds[0]:
             continue
         place = given.folder / f"{condition}-{seed}"
         kept = given.folder / f"{condition}-{seed}-{given.prompts}-prompts.json"
         if not kept.exists():
             if condition != "base":
-                execute(recipe(given.folder / "data", condition, seed, given.copies), place)
+                with _batches(condition):
+                    execute(recipe(given.folder / "data", condition, seed, given.copies), place)
             write_json(kept, bench.measure(condition, None if condition == "base" else place / "adapter"))
         if condition != "base":
             trained.setdefault(condition, []).append(_training_of(place))
         measured.setdefault(condition, []).append(json.loads(kept.read_text("utf-8")))
         print(f"{time.strftime('%H:%M')} {condition}, seed {seed}", flush=True)
     per_step = {}
-    for condition, epochs in (("copies", 1), ("epochs", given.copies)):
+    for condition, epochs in (("copies", 1), ("spread", 1), ("epochs", given.copies)):
         lengths = [len(bench.renderer.text(text)) for text in data[condition]]
-        per_step[condition] = distinct_rows(data[condition], lengths, seeds[0], epochs)
+        per_step[condition] = distinct_rows(data[condition], lengths, seeds[0], epochs, condition == "spread")
     return summary(measured) | {
         "trained": trained,
         "distinct_rows_per_step": per_step,
@@ -276,17 +303,14 @@ def main() -> None:
     parser.add_argument("--seeds", default="1,2")
     parser.add_argument("--prompts", type=int, default=60)
     parser.add_argument("--conditions", default=",".join(CONDITIONS))
-    parser.add_argument("--keep", action="store_true", help="add it to docs/results/duplicates.json")
+    parser.add_argument("--keep", action="store_true", help="write docs/results/duplicates.json")
     given = parser.parse_args()
     seeds = [int(seed) for seed in given.seeds.split(",")]
     command = "python benchmarks/duplicates.py " + " ".join(word for word in sys.argv[1:] if word != "--keep")
-    told = {"command": command, "created": time.strftime("%Y-%m-%d"), "seeds": seeds}
+    told = {"claim": "duplicates", "command": command, "created": time.strftime("%Y-%m-%d"), "seeds": seeds}
     told |= {"rows": given.rows, "copies": given.copies, "prompts": given.prompts} | measure_all(given, seeds)
-    write_json(given.folder / "duplicates.json", told)
-    if given.keep:
-        before = json.loads(KEPT.read_text("utf-8"))["runs"] if KEPT.exists() else []
-        others = [run for run in before if run["copies"] != given.copies]
-        write_json(KEPT, {"claim": "duplicates", "runs": sorted([*others, told], key=lambda run: run["copies"])})
+    for place in [given.folder / "duplicates.json", *([KEPT] if given.keep else [])]:
+        write_json(place, told)
 
 
 if __name__ == "__main__":

@@ -97,10 +97,11 @@ def summary(measured: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         conditions[condition] = {name: _told([values_of(seed, name) for seed in seeds]) for name in FIGURES}
         if condition == "copies":
             continue
-        seeds = seeds * len(measured["copies"]) if condition == "base" else seeds  # the base is measured once
+        if condition == "base":  # measured once, for all seeds
+            seeds = seeds * len(measured["copies"])
         differences[condition] = {}
         for name in FIGURES:
-            pairs = zip(measured["copies"], seeds, strict=True)
+            pairs = zip(measured["copies"], seeds, strict=False)  # spread has the first seed only
             gaps = [np.subtract(values_of(copies, name), values_of(other, name)) for copies, other in pairs]
             differences[condition][name] = _told(gaps)
     return {"conditions": conditions, "differences": differences}

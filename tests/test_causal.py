@@ -113,6 +113,7 @@ def test_packed_rows_equal_unpacked_ones(name, method):
     together.prepare(base, adapter, ())
     apart = Instruct()
     assert packed(base, rows)[0]["input_ids"].shape[0] == 1
+    assert packed(base, rows, 20)[0]["input_ids"].shape[0] > 1
     assert total(together, base, rows, "tuned") == pytest.approx(total(apart, base, rows, "tuned"), rel=1e-5)
     pairs = zip(gradients(base, adapter, together, rows), gradients(base, adapter, apart, rows), strict=True)
     differences = [float((a - b).abs().max()) for a, b in pairs]
@@ -206,14 +207,26 @@ def test_flags_of_other_tools():
     assert sorted(notes) == ["'assistant_only_loss' read as 'train_on'", "'sample_packing' read as 'packing'"]
 
 
-def test_hidden_states_of_packed_rows_are_those_of_each_alone():
+@pytest.mark.parametrize("limit", [1024, 20, 1])
+def test_hidden_states_of_packed_rows_are_those_of_each_alone(limit):
     base = bases.make("gpt2")
-    rows = lines(4)
-    batch, _ = packed(base, rows)
-    together = hidden_states(base, batch, None).last[0]
-    start = 0
+    rows = lines(6)
+    batch, targets = packed(base, rows, limit)
+    together = hidden_states(base, batch, None).last
+    assert together.shape[1] <= max(limit, *map(len, rows))
+    assert bool(torch.isfinite(together).all())
+    found = 0
     for row in rows:
         alone = hidden_states(base, collate(base, [row])[0], None).last[0]
-        assert torch.allclose(together[start : start + len(row)], alone, atol=1e-5)
-        start += len(row)
-    assert start == len(together)
+        places = [
+            (number, start)
+            for number in range(len(together))
+            for start in range(together.shape[1] - len(row) + 1)
+            if batch["input_ids"][number, start : start + len(row)].tolist() == row.ids
+            and batch["position_ids"][number, start : start + len(row)].tolist() == list(range(len(row)))
+        ]
+        number, start = places[0]
+        assert torch.allclose(together[number, start : start + len(row)], alone, atol=1e-5)
+        found += 1
+    assert found == 6
+    assert int((targets != -100).sum()) == sum(sum(row.trained[1:]) for row in rows)

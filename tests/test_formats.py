@@ -385,13 +385,12 @@ def test_what_a_format_has_no_place_for_is_refused():
         (dialogue(USER, Message("assistant", "x", train=False)), "alpaca", "settings of single turns"),
         (dialogue(Message("system", ""), USER, ANSWER), "alpaca", "empty system turn"),
         (dialogue(USER, Message("assistant", "x", (CALL,))), "sharegpt", "both a text and tool calls"),
-        (dialogue(USER, ANSWER, plain=True), "messages", "without a chat template"),
         (dialogue(USER, ANSWER, fields={"Input": 1}), "alpaca", "a further field 'Input'"),
         (dialogue(USER, ANSWER, fields={"id": 1}), "messages", "a further field 'id'"),
         (dialogue(USER, ANSWER), "text", "formats for it: messages, sharegpt"),
         (Row("a", None, "x", "1", "f:3"), "text", "formats for it: classification"),
         (Row("a", "b", None, "1", "f:3"), "text", "pair of texts"),
-        (Preference((USER,), (ANSWER,), (USER,), "1", "f:3"), "messages", "formats for it: preference"),
+        (Preference((USER,), (ANSWER,), (USER,), "1", "f:3"), "text", "formats for it: preference"),
     ]
     for row, name, said in cases:
         with pytest.raises(DataError, match=r"^f:3: ") as caught:
@@ -403,3 +402,9 @@ def test_what_a_format_has_no_place_for_is_refused():
 
 def test_every_format_has_its_tests():
     assert set(KNOWN) == set(FORMATS) == set(ROWS)
+
+
+def test_a_preference_as_a_dialogue_keeps_the_better_answer():
+    worse = Message("assistant", "no idea")
+    row = Preference((USER,), (ANSWER,), (worse,), "1", "f:3")
+    assert to_record(row, "messages") == {"id": "1", "messages": [USER.as_dict(), ANSWER.as_dict()]}

@@ -338,3 +338,23 @@ def test_ten_steps_on_the_starter_model(tmp_path):
     assert points[-1]["validation_loss"] < 3.5
     assert report["trainable_parameters"] == 4_884_480
     assert report["figures"]["ended"] > 0.5
+
+
+def test_bad_rows_of_labelled_data_are_skipped_too(tmp_path):
+    rows = [{"text": f"sentence number {number} of {number * 7}", "label": "ab"[number % 2]} for number in range(60)]
+    bad = [{"text": "", "label": "a"}, {"text": "no label"}]
+    path = tiny_chat.write_rows(tmp_path / "labelled.jsonl", [*rows, *bad])
+    with pytest.raises(DataError, match=r"labelled.jsonl:61: "):
+        load_splits(DataConfig(train=str(path)))
+    splits = load_splits(DataConfig(train=str(path), skip_bad_rows=0.05))
+    assert [fault.place.rpartition(":")[2] for fault in splits.skipped] == ["61", "62"]
+    assert "2 of 62 rows of labelled.jsonl cannot be read and are left out" in splits.notes
+    with pytest.raises(DataError, match="2 of 62 rows are bad"):
+        load_splits(DataConfig(train=str(path), skip_bad_rows=0.01))
+    with pytest.raises(DataError, match="format is alpaca"):
+        load_splits(DataConfig(train=str(path), format="alpaca"))
+
+
+def test_a_template_that_is_not_known_is_refused_with_the_recipe(place):
+    with pytest.raises(UsageError, match="did you mean 'llama3'"):
+        tiny_chat.recipe(place, objective={"name": "instruct", "chat_template": "llamma3"})

@@ -16,7 +16,7 @@ from graft.data.tasks import is_task, task_dialogues
 from graft.errors import DamagedError, DataError, nearest
 from graft.files import sha256_of
 from graft.reading.faults import Fault, Faults
-from graft.reading.files import read_records
+from graft.reading.files import iterate_records, read_records
 from graft.splits import group_near_equal, hash_of, normal_form, split_by_group
 
 __all__ = ["DataConfig", "Row", "Splits", "Unit", "load_splits", "read_all", "read_rows", "rows_of", "subset"]
@@ -167,7 +167,7 @@ class _Reader:
         if _is_starter(source):
             return self._starter(source, name)
         path = Path(source).expanduser()
-        rows = make_rows(read_records(path), self.config.columns, True) if self.unit == "labelled" else self._file(path)
+        rows = self._labelled(path) if self.unit == "labelled" else self._file(path)
         self.sha256[source] = sha256_of(path)
         return rows
 
@@ -184,20 +184,35 @@ class _Reader:
             raise DamagedError(f"{path} was altered", f"delete {path.parent} to have it fetched again")
         return _starter_rows(source, name)
 
+    def _labelled(self, path: Path) -> list[Any]:
+        if self.config.format not in (None, "classification"):
+            raise DataError(f"format is {self.config.format}, texts with labels are needed", "give classification")
+        faults = self._faults()
+        records = list(iterate_records(path, faults))
+        rows = make_rows(records, self.config.columns, True, faults) if records else []
+        return self._settled(path, rows, faults)
+
     def _file(self, path: Path) -> list[Any]:
-        faults = Faults(self.config.skip_bad_rows) if self.config.skip_bad_rows else None
+        faults = self._faults()
         recognized, rows = read_rows_of(path, self.config.columns, faults, self.config.format)
-        kept = list(rows)
-        total = len(kept) + (faults.count if faults else 0)
+        kept = self._settled(path, list(rows), faults)
+        self._check_unit(path, recognized)
+        self.notes.append(f"{path.name}: {recognized.why}")
+        return kept if self.unit == "dialogue" else [_as_text(row) for row in kept]
+
+    def _faults(self) -> Faults | None:
+        return Faults(self.config.skip_bad_rows) if self.config.skip_bad_rows else None
+
+    def _settled(self, path: Path, rows: list[Any], faults: Faults | None) -> list[Any]:
+        """The rows, when there are any and the bad ones among them are few enough."""
+        total = len(rows) + (faults.count if faults else 0)
         if faults and faults.count:
             faults.check(path, total)
             self.skipped += faults.rows
             self.notes.append(f"{faults.count:,} of {total:,} rows of {path.name} cannot be read and are left out")
-        if not kept:
+        if not rows:
             raise DataError(f"{path} has no rows", "give a file with at least one row")
-        self._check_unit(path, recognized)
-        self.notes.append(f"{path.name}: {recognized.why}")
-        return kept if self.unit == "dialogue" else [_as_text(row) for row in kept]
+        return rows
 
     def _check_unit(self, path: Path, recognized: Recognized) -> None:
         allowed = {"dialogue": ("dialogue",), "text": ("text", "labelled", "dialogue")}[self.unit]

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from graft.reading.files import BadRow, Record, kind_of
+from graft.reading.faults import BadRow, Faults, kind_of, settle
+from graft.reading.files import Record
 
 FIELDS = ("text", "text_pair", "label", "id")
 """The fields of a row that a column can stand for; all other columns are ignored."""
@@ -30,21 +31,26 @@ class Row:
     place: str
 
 
-def make_rows(records: Sequence[Record], columns: Mapping[str, str], need_label: bool) -> list[Row]:
+def make_rows(
+    records: Sequence[Record], columns: Mapping[str, str], need_label: bool, faults: Faults | None = None
+) -> list[Row]:
     """The rows of a file's records; `columns` maps our names to the file's.
 
-    The first record decides whether there are pairs and labels; `need_label` demands labels.
-    Raises `BadRow` for a record without a needed field or with a value that is no text or label.
+    The first record decides whether there are pairs and labels; `need_label` demands labels. A record without a needed
+    field or with a value that is no text or label is added to `faults`, or raised as `BadRow` without it.
     """
     names = {field: columns.get(field, field) for field in FIELDS}
     expected = {field for field in FIELDS if field in columns or names[field] in records[0].fields}
     expected |= {"text", "label"} if need_label else {"text"}
     rows = []
     for record in records:
-        for field in FIELDS[:3]:
-            if (names[field] in record.fields) != (field in expected):
-                raise _missing(record, field, names[field], field in expected)
-        rows.append(make_row(record, names, expected))
+        try:
+            for field in FIELDS[:3]:
+                if (names[field] in record.fields) != (field in expected):
+                    raise _missing(record, field, names[field], field in expected)
+            rows.append(make_row(record, names, expected))
+        except BadRow as bad:
+            settle(faults, bad)
     return rows
 
 

@@ -206,7 +206,10 @@ def _check_name(name: str, source: str) -> None:
         raise DataError(f"{source}: {name!r} is no starter task: {REFUSED[name]}", "take another task")
     known = _registry().DATASETS
     if name not in known:
-        raise DataError(f"{source}: no starter task {name!r}, {nearest(name, set(known) - set(REFUSED))}")
+        usable = set(known) - set(REFUSED)
+        near = [other for other in sorted(usable) if name and (name in other or other in name)]
+        told = f"did you mean {near[0]!r}?" if near else nearest(name, usable)
+        raise DataError(f"{source}: no starter task {name!r}, {told}")
 
 
 @lru_cache(maxsize=64)

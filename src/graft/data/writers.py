@@ -16,12 +16,15 @@ _SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt", "tool": "o
 
 
 def to_record(row: AnyRow, format: str) -> dict[str, Any]:
-    """A row as the record of a format; reading the record gives an equal row.
+    """A row as the record of a format; reading the record gives an equal row. Of a preference, a format of dialogues
+    keeps the prompt and the better answer.
 
     Raises `UsageError` for an unknown format and `BadRow` for a row that the format has no place for.
     """
     if format not in FORMATS:
         raise UsageError(f"no format {format!r}", nearest(format, FORMATS))
+    if isinstance(row, Preference) and FORMATS[format].unit == "dialogue":
+        row = Dialogue((*row.prompt, *row.chosen), row.id, row.place, row.tools)
     unit = ("text" if row.label is None else "labelled") if isinstance(row, Row) else _UNITS[type(row)]
     if unit != FORMATS[format].unit:
         fitting = ", ".join(name for name, known in FORMATS.items() if known.unit == unit)
@@ -34,8 +37,6 @@ def to_record(row: AnyRow, format: str) -> dict[str, Any]:
     for key, value in row.fields.items():
         if fold(key) in reserved or (fold(key) == "task" and isinstance(value, str)):
             raise _refusal(row, f"a further field {key!r}", format, "rename the field")
-    if row.plain and format != "prompt-completion":
-        raise _refusal(row, "a prompt and completion without a chat template", format, "write prompt-completion")
     return record | ({} if row.task is None else {"task": row.task}) | dict(row.fields)
 
 

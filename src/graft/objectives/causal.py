@@ -67,7 +67,7 @@ class Causal(Objective):
     aliases: ClassVar[dict[str, str]] = {"sample_packing": "packing"}
 
     packing: bool = False
-    """Join several rows into one of at most max_length tokens, without any of them seeing another: less padding where
+    """Join the rows of a pass into rows of up to 1,024 tokens, without any of them seeing another: less padding where
     lengths differ much. Refused for methods with virtual tokens or an attention of their own."""
 
     def refuses(self, family: Family) -> str | None:
@@ -103,22 +103,45 @@ def collate(base: Base, examples: Sequence[Supervised]) -> tuple[dict[str, Tenso
     return batch, pad([_targets(example) for example in examples], -100, base.device)
 
 
-def packed(base: Base, examples: Sequence[Supervised]) -> tuple[dict[str, Tensor], Tensor]:
-    """All rows one behind the other in a batch of one, [1, S]: positions begin anew with each, and the mask
-    [1, 1, S, S] lets a token see the earlier ones of its own row only.
+def packed(base: Base, examples: Sequence[Supervised], limit: int = 1024) -> tuple[dict[str, Tensor], Tensor]:
+    """Rows one behind the other in rows of at most `limit` tokens (or the longest row), [P, S]: positions begin anew
+    with each, and the mask [P, 1, S, S] lets a token see the earlier ones of its own row only.
     """
-    lengths = torch.tensor([len(example) for example in examples], device=base.device)
-    row = torch.arange(len(examples), device=base.device).repeat_interleave(lengths)
-    places = torch.arange(len(row), device=base.device)
-    allowed = (row[:, None] == row[None, :]) & (places[:, None] >= places[None, :])
-    ids = [token for example in examples for token in example.ids]
-    targets = [target for example in examples for target in _targets(example)]
-    batch = {
-        "input_ids": torch.tensor([ids], device=base.device),
-        "attention_mask": allowed[None, None],
-        "position_ids": (places - (lengths.cumsum(0) - lengths)[row])[None] + base.first_position,
-    }
-    return batch, torch.tensor([targets], device=base.device)
+    bins = _bins([len(example) for example in examples], limit)
+    longest = max(sum(len(examples[row]) for row in bin_) for bin_ in bins)
+    filler = base.config.pad_token_id
+    ids = torch.full((len(bins), longest), filler if filler is not None else 0, device=base.device)
+    targets = torch.full_like(ids, -100)
+    owner = torch.full_like(ids, -1)
+    positions = torch.zeros_like(ids)
+    for number, bin_ in enumerate(bins):
+        start = 0
+        for row in bin_:
+            part = slice(start, start + len(examples[row]))
+            ids[number, part] = torch.tensor(list(examples[row].ids), device=base.device)
+            targets[number, part] = torch.tensor(_targets(examples[row]), device=base.device)
+            owner[number, part] = row
+            positions[number, part] = torch.arange(len(examples[row]), device=base.device)
+            start = part.stop
+    # Padding, which is nobody's, sees other padding: a row of a mask that allows nothing gives no numbers.
+    earlier = torch.ones(longest, longest, dtype=torch.bool, device=base.device).tril()
+    allowed = (owner[:, :, None] == owner[:, None, :]) & earlier
+    batch = {"input_ids": ids, "attention_mask": allowed[:, None], "position_ids": positions + base.first_position}
+    return batch, targets
+
+
+def _bins(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Row numbers that share a row of at most `limit` tokens: the longest first, each where it fits first."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        place = next((number for number, left in enumerate(room) if left >= lengths[row]), len(bins))
+        if place == len(bins):
+            bins.append([])
+            room.append(max(limit, lengths[row]))
+        bins[place].append(row)
+        room[place] -= lengths[row]
+    return bins
 
 
 def _targets(example: Supervised) -> list[int]:

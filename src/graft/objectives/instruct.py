@@ -14,6 +14,7 @@ from graft.generate import Answer, answer_all
 from graft.model import Base
 from graft.objectives.base import Report, Result, Say, silent
 from graft.objectives.causal import Causal, row_figures
+from graft.rendering.jinja import find_template
 from graft.rendering.render import Renderer
 from graft.rendering.supervise import supervise
 from graft.routing import Entry
@@ -71,7 +72,7 @@ class Instruct(Causal):
     """Validation rows that are answered at each evaluation within a run; at its end all test rows are."""
 
     allow_dropped: bool = False
-    """Go on although more than 5 % of the rows train nothing, or the end of turn is not learned."""
+    """Go on although more than 5 % of the rows train nothing."""
 
     aliases: ClassVar[dict[str, str]] = Causal.aliases | {
         "template": "chat_template",
@@ -97,6 +98,13 @@ class Instruct(Causal):
         if name is not None:
             read_scorer(name)
         return name
+
+    @field_validator("chat_template")
+    @classmethod
+    def _known_template(cls, given: str | None) -> str | None:
+        if given is not None:
+            find_template(given, None)
+        return given
 
     @property
     def metric(self) -> str:
