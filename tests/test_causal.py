@@ -230,3 +230,21 @@ def test_hidden_states_of_packed_rows_are_those_of_each_alone(limit):
         found += 1
     assert found == 6
     assert int((targets != -100).sum()) == sum(sum(row.trained[1:]) for row in rows)
+
+
+def test_packing_is_refused_where_attention_reads_no_truth_values():
+    base = bases.make("llama")
+    base.model.set_attn_implementation("eager")
+    adapter = read_method({"name": "lora"} | bases.settings("lora")).build(base, "tuned")
+    with pytest.raises(UsageError, match="computes attention with 'eager'"):
+        Instruct(packing=True).prepare(base, adapter, ())
+
+
+def test_scores_are_capped_where_the_model_caps_them():
+    base = bases.make("gemma3")
+    base.config.final_logit_softcapping = 0.1
+    rows = lines()
+    alone = sum(float(reference(base, row, None)) for row in rows)
+    assert total(Instruct(), base, rows, None) == pytest.approx(alone, abs=1e-4)
+    base.config.final_logit_softcapping = None
+    assert abs(total(Instruct(), base, rows, None) - alone) > 1e-2

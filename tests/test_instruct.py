@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny_chat
+import tiny_gpt2
+import torch
 
 from graft import run as running
 from graft.compare import compare
@@ -15,6 +18,7 @@ from graft.errors import DataError, UsageError
 from graft.merge import merge_run
 from graft.methods import store
 from graft.model import load_base, load_tokenizer
+from graft.objectives import pretrain
 from graft.objectives.instruct import Instruct
 from graft.recipe import Recipe, read_recipe
 from graft.rendering.render import Renderer
@@ -358,3 +362,99 @@ def test_bad_rows_of_labelled_data_are_skipped_too(tmp_path):
 def test_a_template_that_is_not_known_is_refused_with_the_recipe(place):
     with pytest.raises(UsageError, match="did you mean 'llama3'"):
         tiny_chat.recipe(place, objective={"name": "instruct", "chat_template": "llamma3"})
+
+
+# Found by a review --------------------------------------------------------------------------------
+
+
+def test_rows_of_an_array_on_one_line_are_graded_each_by_its_own_answer(done, place, tmp_path):
+    rows = [json.loads(line) for line in (place / "test.jsonl").read_text().splitlines()]
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    assert evaluate_run(done[0], str(tmp_path / "test.json"))["quality"] == done[1]["quality"]
+
+
+def test_what_is_thought_is_not_graded(tmp_path):
+    folder = tiny_chat.write_all(tmp_path / "qwen3", "qwen3")
+    report = execute(tiny_chat.recipe(folder), tmp_path / "run")
+    answers = read_lines(tmp_path / "run" / "answers.jsonl")
+    assert any(answer["answer"].startswith("<think>") for answer in answers)
+    graded = [answer["answer"].rpartition("</think>")[2].strip() == answer["reference"] for answer in answers]
+    assert [answer["score"] for answer in answers] == graded
+    assert 0 < report["quality"] < 1
+
+
+def test_a_long_row_among_the_first_of_the_test_rows_costs_that_row(place, tmp_path):
+    rows = [dialogue("the sea?", "wide " * 200), *tiny_chat.rows(40, 8)]
+    settings = tiny_chat.settings(place)
+    settings["data"]["test"] = str(tiny_chat.write_rows(tmp_path / "test.jsonl", rows))
+    settings["training"] |= {"max_steps": 2}
+    report = execute(Recipe.parse(settings), tmp_path / "run")
+    assert len(read_lines(tmp_path / "run" / "answers.jsonl")) == 40
+    assert report["latency_ms"] > 0
+    assert "test rows: 1 of 41 rows have 0 trained tokens" in (tmp_path / "run" / "log.txt").read_text()
+    assert evaluate_run(tmp_path / "run")["rows"] == 40
+    with Path(settings["data"]["test"]).open("a") as file:
+        file.write(json.dumps(dialogue("the poem?", "short")) + "\n")
+    with pytest.raises(DataError, match="has changed since"):
+        evaluate_run(tmp_path / "run")
+
+
+def test_rows_without_an_answer_in_words_are_trained_and_not_graded(place, tmp_path):
+    folder = tiny_chat.write_all(tmp_path / "qwen", "qwen")
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    asked = {"role": "user", "content": "weather?"}
+    calls = {"messages": [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    rows = [calls, *tiny_chat.rows(3, 2)]
+    settings = tiny_chat.settings(folder)
+    settings["data"]["test"] = str(tiny_chat.write_rows(tmp_path / "test.jsonl", rows))
+    settings["data"]["max_length"] = 200
+    settings["training"] |= {"max_steps": 1}
+    execute(Recipe.parse(settings), tmp_path / "run")
+    assert len(read_lines(tmp_path / "run" / "answers.jsonl")) == 3
+    still = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "a", "train": False}]}
+        for n in range(3)
+    ]
+    settings["data"]["validation"] = str(tiny_chat.write_rows(tmp_path / "validation.jsonl", [*still, calls]))
+    settings["objective"]["allow_dropped"] = True
+    with pytest.raises(DataError, match="ends with an answer in words"):
+        execute(Recipe.parse(settings), tmp_path / "again")
+
+
+def test_probes_that_cannot_be_read_are_found_before_training(tmp_path, monkeypatch):
+    folder = tiny_chat.write_all(tmp_path / "plain", None)
+    texts = [{"text": f"the sea is wide and {row['messages'][0]['content']}"} for row in tiny_chat.rows(48, 4)]
+    data = {"train": str(tiny_chat.write_rows(tmp_path / "texts.jsonl", texts))}
+    settings = tiny_chat.settings(folder, objective="pretrain", data=data, forgetting=["task:gcd:size=5"])
+    monkeypatch.setattr(running, "load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    with pytest.raises(UsageError, match="chat_template"):
+        execute(Recipe.parse(settings), tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", [None, "lora"])
+def test_more_tokens_than_positions_are_refused(tmp_path, method):
+    rows = [{"text": row["messages"][0]["content"] * 5} for row in tiny_chat.rows(30, 6)]
+    folder = tiny_gpt2.write(tmp_path / "gpt2", positions=40)
+    data = {"train": str(tiny_chat.write_rows(tmp_path / "texts.jsonl", rows)), "max_length": 64}
+    settings = tiny_chat.settings(folder, model=str(folder), objective="pretrain", data=data, method=method)
+    with pytest.raises(UsageError, match="max_length 64 exceeds the 40 positions"):
+        execute(Recipe.parse(settings), tmp_path / "run")
+
+
+def test_the_pieces_of_a_text_are_one_row():
+    pieces = [
+        pretrain.Piece([1, 2, 3], "f:1", 0),
+        pretrain.Piece([3, 4, 5], "f:1", 0),
+        pretrain.Piece([1, 2], "f:2", 1),
+    ]
+    figures = SimpleNamespace(
+        right=torch.tensor([2, 1, 0]), tokens=torch.tensor([2, 2, 1]), mean_loss=1.0, perplexity=2.7
+    )
+    original = pretrain.row_figures
+    pretrain.row_figures = lambda *_: figures
+    try:
+        result = pretrain.Pretrain().evaluate(None, pieces, None, 8)
+    finally:
+        pretrain.row_figures = original
+    assert result.correct == [0.75, 0.0]
+    assert result.quality == 0.375

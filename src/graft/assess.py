@@ -3,13 +3,15 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from graft.data.load import Row, Splits, Unit, read_all, read_rows, rows_of, subset
 from graft.data.tasks import is_task
@@ -19,9 +21,9 @@ from graft.generate import generate
 from graft.measure import median_ms
 from graft.methods.base import method_of
 from graft.model import Base
-from graft.objectives.base import Result
+from graft.objectives.base import Result, Say
+from graft.objectives.causal import Causal, row_figures
 from graft.objectives.causal import collate as collate_causal
-from graft.objectives.causal import row_figures
 from graft.objectives.classify import collate
 from graft.objectives.instruct import Instruct
 from graft.objectives.pretrain import Pretrain
@@ -31,6 +33,8 @@ from graft.parts.head import TaskHead, adapter_head, pool, scores
 from graft.recipe import Recipe
 from graft.routing import Entry
 
+_TEST = "the test rows"
+_PROBE_TOKENS = 256
 _LATENCY_ROWS = 40
 _LATENCY_PROMPTS = 5
 _LATENCY_TOKENS = 16
@@ -47,6 +51,8 @@ class Assessor(ABC):
     splits: Splits
     accelerator: Accelerator
     watch: Callable[[str, float], None]
+    read: dict[str, list[Any]] = field(default_factory=dict)
+    """Rows as the objective reads them, by what they are for."""
 
     probe_samples: ClassVar[int]
     """Rows of a probe when the recipe does not say."""
@@ -66,10 +72,15 @@ class Assessor(ABC):
         latency = self._latency(base, None)
         return figures | {"latency_ms": latency, "merged_latency_ms": latency}
 
-    def examples(self, base: Base, rows: Sequence[Any]) -> list[Any]:
-        """Rows as the objective reads them."""
-        assert base.tokenizer is not None
-        return self.recipe.objective.examples(rows, base.tokenizer, self.splits.labels, self.recipe.max_length)
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, say: Say) -> None:
+        """Read every row that will be measured, so that a fault in one is found before anything is trained."""
+        self.read[_TEST] = self._examples(self.splits.test, tokenizer, lambda line: say(f"test rows: {line}"))
+        for name in self.recipe.transfer:
+            rows = transfer_rows(self.recipe, self.splits.labels, name, self.samples)
+            self.read[name] = self._examples(rows, tokenizer, partial(_told, say, name))
+
+    def _examples(self, rows: Sequence[Any], tokenizer: PreTrainedTokenizerBase, say: Say) -> list[Any]:
+        return self.recipe.objective.examples(rows, tokenizer, self.splits.labels, self.recipe.max_length, say)
 
     @abstractmethod
     def logits(self, base: Base, examples: Sequence[Any], entry: Entry) -> Tensor:
@@ -90,7 +101,7 @@ class Assessor(ABC):
         """Rows of a probe at most."""
         return self.recipe.probe_samples or self.probe_samples
 
-    def _evaluate(self, base: Base, rows: Sequence[Any], entry: Entry, what: str, share: float) -> Result:
+    def _evaluate(self, base: Base, name: str, entry: Entry, what: str, share: float) -> Result:
         self.watch(what, share)
         step = 1 / self._stages
 
@@ -99,16 +110,15 @@ class Assessor(ABC):
 
         size = self.recipe.training.per_device_eval_batch_size
         with self.accelerator.autocast():
-            return self.recipe.objective.evaluate(base, self.examples(base, rows), entry, size, report)
+            return self.recipe.objective.evaluate(base, self.read[name], entry, size, report)
 
     def _figures(self, base: Base, entry: Entry) -> dict[str, Any]:
-        tested = self._evaluate(base, self.splits.test, entry, "evaluating on the test rows", 0.0)
+        tested = self._evaluate(base, _TEST, entry, "evaluating on the test rows", 0.0)
         probes = self._probes(base, entry)
         transfer: dict[str, float] = {}
         for name in self.recipe.transfer:
-            rows = transfer_rows(self.recipe, self.splits.labels, name, self.samples)
             share = self._share(len(probes) + len(transfer))
-            transfer[name] = self._evaluate(base, rows, entry, f"evaluating on other data: {name}", share).quality
+            transfer[name] = self._evaluate(base, name, entry, f"evaluating on other data: {name}", share).quality
         return {
             "correct": tested.correct,
             "answers": tested.samples,
@@ -119,12 +129,12 @@ class Assessor(ABC):
         }
 
     def _again(self, base: Base, entry: Entry) -> float:
-        return self._evaluate(base, self.splits.test, entry, "evaluating at each rank", 0.9).quality
+        return self._evaluate(base, _TEST, entry, "evaluating at each rank", 0.9).quality
 
     def _probes(self, base: Base, entry: Entry) -> dict[str, float]:
         probes: dict[str, float] = {}
         for name in self.recipe.forgetting:
-            self.watch(f"probing what is not trained: {name}", self._share(len(probes)))
+            self.watch(f"probing {_probe(name)}", self._share(len(probes)))
             with self.accelerator.autocast():
                 probes[name] = self.probe(base, name, entry)
         return probes
@@ -139,7 +149,7 @@ class Assessor(ABC):
     def _latencies(self, base: Base, adapter: Adapter, mergeable: bool) -> dict[str, Any]:
         """Latency attached and merged, and how far merging moves the scores."""
         self.watch("measuring latency", 0.95)
-        examples = self.examples(base, self.splits.test[:8])
+        examples = self.read[_TEST][:8]
         attached = self._latency(base, adapter.name)
         before = self.logits(base, examples, adapter.name)
         unmerged = {"latency_ms": attached, "merged_latency_ms": None, "merged_difference": None}
@@ -210,7 +220,7 @@ class LabelAssessor(Assessor):
         return self._latency_with(base, entry, head)
 
     def _latency_with(self, base: Base, entry: Entry, head: TaskHead | None) -> float:
-        examples = self.examples(base, self.splits.test[:_LATENCY_ROWS])
+        examples = self.read[_TEST][:_LATENCY_ROWS]
         batches = [collate(base, [example]) for example in examples]
 
         def call(index: int) -> None:
@@ -242,24 +252,29 @@ class TextAssessor(Assessor):
         with self.accelerator.autocast():
             last = pool(hidden_states(base, batch, entry), "last")
             with base.route(entry):
-                logits: Tensor = base.select("head")[0].leave(last[:, None])[:, 0]
-        return logits.float()
+                return base.logits(last[:, None])[:, 0]
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, say: Say) -> None:
+        """The probes as well: whole texts, and the answers of tasks through the chat template."""
+        super().prepare(tokenizer, say)
+        for name in self.recipe.forgetting:
+            if is_task(name):
+                mine = self.recipe.objective
+                reader: Causal = mine if isinstance(mine, Instruct) else Instruct()
+                rows: list[Any] = rows_of(name, self.recipe.data, "dialogue")
+            else:
+                reader, rows = Pretrain(), read_all(name)
+            longest = min(_PROBE_TOKENS, self.recipe.max_length)
+            self.read[_probe(name)] = reader.examples(rows[: self.samples], tokenizer, (), longest)
 
     def probe(self, base: Base, name: str, entry: Entry) -> float:
         """Nats per token: of all tokens of texts, of the answers of a task."""
-        assert base.tokenizer is not None
         size = self.recipe.training.per_device_eval_batch_size
-        if is_task(name):
-            mine = self.recipe.objective
-            reader = mine if isinstance(mine, Instruct) else Instruct()
-            rows = rows_of(name, self.recipe.data, "dialogue")[: self.samples]
-            return row_figures(base, reader.examples(rows, base.tokenizer, (), 1024), entry, size).mean_loss
-        texts = read_all(name)[: self.samples]
-        return row_figures(base, Pretrain().examples(texts, base.tokenizer, (), 256), entry, size).mean_loss
+        return row_figures(base, self.read[_probe(name)], entry, size).mean_loss
 
     def _latency(self, base: Base, entry: Entry) -> float:
         """Milliseconds per token, greedily and without a stop, the prompt's own pass included."""
-        examples = self.examples(base, self.splits.test[:_LATENCY_PROMPTS])
+        examples = self.read[_TEST][:_LATENCY_PROMPTS]
         times = []
         for example in [examples[0], *examples]:
             prompt = list(example.ids[: max(1, getattr(example, "prompt", len(example) // 2))])
@@ -268,6 +283,14 @@ class TextAssessor(Assessor):
                 generate(base, [prompt], entry, max_new_tokens=_LATENCY_TOKENS)
             times.append((time.perf_counter() - started) / _LATENCY_TOKENS * 1000)
         return median(times[1:])
+
+
+def _told(say: Say, name: str, line: str) -> None:
+    say(f"{name}: {line}")
+
+
+def _probe(name: str) -> str:
+    return f"what is not trained: {name}"
 
 
 def assessor(recipe: Recipe, splits: Splits, accelerator: Accelerator, watch: Callable[[str, float], None]) -> Assessor:

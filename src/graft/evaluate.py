@@ -12,11 +12,10 @@ from torch.nn import functional as F
 
 from graft.data.batch import evaluation_batches, pad
 from graft.data.load import Row
-from graft.errors import DataError, UsageError
+from graft.errors import DataError
 from graft.model import Base
-from graft.parts.attach import hidden_states
 from graft.parts.head import pool
-from graft.routing import Entry, Route
+from graft.routing import Entry
 
 
 @torch.no_grad()
@@ -65,30 +64,6 @@ def retrieval_probe(base: Base, rows: Sequence[Row], entry: Entry, k: int = 10) 
     """`retrieval_recall` of texts whose ids are `document_sentence`."""
     vectors = embed(base, [row.text for row in rows], entry)
     return retrieval_recall(vectors, [row.id.rpartition("_")[0] for row in rows], k)
-
-
-def token_loss(
-    base: Base, batch: dict[str, Tensor], labels: Tensor, entry: Entry | Route, rows_at_once: int = 8
-) -> tuple[Tensor, int]:
-    """Summed next-token loss of a decoder and the number of tokens it is over; labels [B, S], -100 where none counts.
-
-    Logits are made for a few whole rows at a time, [rows, S, vocabulary]. The head module is called rather than
-    its weight: a part that sits at the head would be left out without an error (off by 0.97 in a trial).
-    """
-    if base.family.kind != "decoder":
-        raise UsageError(f"{base.name} is no decoder, so it has no next-token loss")
-    route = entry if isinstance(entry, Route) else Route.all(entry)
-    states = hidden_states(base, batch, route).last[:, :-1]
-    targets = labels[:, 1:]
-    head = base.select("head")[0].leave
-    total = states.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(states), rows_at_once):
-        rows = range(start, min(start + rows_at_once, len(states)))
-        with base.route(route.select(rows)):
-            logits: Tensor = head(states[rows.start : rows.stop])
-        wanted = targets[rows.start : rows.stop].flatten()
-        total = total + F.cross_entropy(logits.float().flatten(0, 1), wanted, ignore_index=-100, reduction="sum")
-    return total, int((targets != -100).sum())
 
 
 def nearest_centroid(

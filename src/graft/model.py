@@ -162,6 +162,16 @@ class Base:
         output = self.body(**inputs)
         return Hidden(output.last_hidden_state, output.get("pooler_output"), mask)
 
+    def logits(self, states: Tensor) -> Tensor:
+        """Scores of the vocabulary [B, …, V] of hidden states [B, …, d], in fp32, under the current route.
+
+        The head module is called rather than its weight: a part that sits there would be left out without an error
+        (off by 0.97 in a trial). Gemma's scores are capped, softly, where its configuration says so.
+        """
+        scores: Tensor = self.select("head")[0].leave(states).float()
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return scores if cap is None else torch.tanh(scores / cap) * cap
+
     def _decoder_hidden(self, inputs: dict[str, Tensor], mask: Tensor) -> Hidden:
         if bool((mask[:, 0] == 0).any()):
             raise RouteError(

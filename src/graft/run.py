@@ -126,14 +126,24 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
 
     # Before the weights: rows that would train nothing are found in a second, a base may take minutes.
     run.watch("reading the rows", 0.0)
-    read = partial(run.recipe.objective.examples, tokenizer=load_tokenizer(run.recipe.model), labels=run.splits.labels)
     for note in run.splits.notes:
         tell(note)
     if run.splits.skipped:
         lines = (json.dumps(asdict(fault), ensure_ascii=False) + "\n" for fault in run.splits.skipped)
         write_text(run.folder.path / "skipped.jsonl", "".join(lines))
+    tokenizer = load_tokenizer(run.recipe.model)
+    read = partial(run.recipe.objective.examples, tokenizer=tokenizer, labels=run.splits.labels)
     train = read(run.splits.train, max_length=run.recipe.max_length, say=tell)
-    validation = read(run.splits.validation, max_length=run.recipe.max_length)
+    validation = read(
+        run.splits.validation, max_length=run.recipe.max_length, say=lambda line: run.say(f"validation rows: {line}")
+    )
+    measuring = assessor(
+        run.recipe,
+        run.splits,
+        run.accelerator,
+        lambda phase, share: run.watch(phase, _TRAINED + (1 - _TRAINED) * share),
+    )
+    measuring.prepare(tokenizer, run.say)
     run.watch("loading the base", 0.0)
     base = load_for(run.recipe, run.precision, run.accelerator.device)
     _record_environment(run, base)
@@ -169,12 +179,6 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
         run.say(f"vLLM cannot serve the adapter: {unserved}")
         if base.family.kind == "decoder":
             say(f"vLLM cannot serve the adapter: {unserved}")
-    measuring = assessor(
-        run.recipe,
-        run.splits,
-        run.accelerator,
-        lambda phase, share: run.watch(phase, _TRAINED + (1 - _TRAINED) * share),
-    )
     reference = measuring.logits(base, validation[:8], ADAPTER)
     trainable = adapter.trainable_count()
     total = base.parameter_count() + sum(parameter.numel() for parameter in head_parameters(adapter))
@@ -213,8 +217,10 @@ def build_adapter(recipe: Recipe, method: Method, base: Base, labels: tuple[str,
     return adapter
 
 
-def _check_positions(base: Base, adapter: Adapter, max_length: int) -> None:
-    virtual = adapter.positions + sum(part.positions for part in adapter.virtual_parts())
+def _check_positions(base: Base, adapter: Adapter | None, max_length: int) -> None:
+    virtual = 0
+    if adapter is not None:
+        virtual = adapter.positions + sum(part.positions for part in adapter.virtual_parts())
     if base.max_positions is not None and max_length + virtual > base.max_positions:
         what = f"{max_length} and {virtual} virtual tokens exceed" if virtual else f"{max_length} exceeds"
         raise UsageError(
@@ -295,10 +301,14 @@ def _curve_point(point: Point, loss: float) -> dict[str, Any]:
 
 
 def _measure_base(run: _Run) -> dict[str, Any]:
+    run.watch("reading the rows", 0.0)
+    measuring = assessor(run.recipe, run.splits, run.accelerator, run.watch)
+    measuring.prepare(load_tokenizer(run.recipe.model), run.say)
     run.watch("loading the base", 0.0)
     base = load_for(run.recipe, run.precision, run.accelerator.device)
+    _check_positions(base, None, run.recipe.max_length)
     _record_environment(run, base)
-    figures = assessor(run.recipe, run.splits, run.accelerator, run.watch).untouched(base)
+    figures = measuring.untouched(base)
     costs = dict.fromkeys(("peak_memory_bytes", "train_seconds", "examples_per_second", "learning_rate"))
     nothing = {"trainable_parameters": 0, "trainable_fraction": 0.0, "adapter_bytes": 0, "curve": [], "by_rank": {}}
     return _quality(run, figures) | {"method": "base"} | costs | nothing
@@ -337,6 +347,8 @@ def evaluate_run(path: Path, data: str | None = None, watch: Watch | None = None
     if recipe.method is None:
         raise RecipeError(f"{path} measured the untouched base, so it has no adapter to evaluate")
     splits = recipe.objective.load(recipe.data)
+    if data is None:
+        found.check_data(splits.sha256)
     rows = splits.test if data is None else _other_rows(recipe, data)
     accelerator, precision = _prepare(recipe)
     base = load_for(recipe, precision, accelerator.device)
@@ -350,8 +362,8 @@ def evaluate_run(path: Path, data: str | None = None, watch: Watch | None = None
     measured = interval([result.correct])
     return {
         "run": str(path),
-        "data": data or f"{recipe.data.train} (test)",
-        "rows": len(rows),
+        "data": data or recipe.data.test or f"{recipe.data.train} (test)",
+        "rows": len(result.correct),
         "metric": recipe.objective.metric,
         "quality": measured.mean,
         "quality_low": measured.low,

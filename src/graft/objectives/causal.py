@@ -157,6 +157,12 @@ def _refuse_packing(base: Base, adapter: Adapter) -> None:
             f"{adapter.method.name} gives them",
             "leave packing out",
         )
+    kind = base.config._attn_implementation
+    if kind not in ("sdpa", "graft"):
+        raise UsageError(
+            f"packing: {base.name} computes attention with {kind!r}, which does not read a mask of truth values",
+            "leave packing out, or set attn_implementation to sdpa in its config.json",
+        )
     window = getattr(base.config, "sliding_window", None)
     if window is not None:
         raise UsageError(
@@ -168,8 +174,7 @@ def _refuse_packing(base: Base, adapter: Adapter) -> None:
 def token_losses(base: Base, states: Tensor, targets: Tensor, route: Entry | Route) -> Tensor:
     """Cross-entropy at every target that is not -100, [tokens], from hidden states [B, S, d].
 
-    Logits are made at these positions only: a prompt's are never looked at. The head module is called rather than its
-    weight: a part that sits there would be left out without an error (off by 0.97 in a trial).
+    Logits are made at these positions only: a prompt's are never looked at.
     """
     found = _logits(base, states, targets, route)
     return torch.cat([F.cross_entropy(logits, wanted, reduction="none") for logits, wanted in found])
@@ -177,17 +182,16 @@ def token_losses(base: Base, states: Tensor, targets: Tensor, route: Entry | Rou
 
 def _logits(base: Base, states: Tensor, targets: Tensor, route: Entry | Route) -> list[tuple[Tensor, Tensor]]:
     """Logits [tokens, vocabulary] in fp32 with their targets, in one piece, or by row where rows go different ways."""
-    head = base.select("head")[0].leave
     known = targets != -100
     route = route if isinstance(route, Route) else Route.all(route)
     if route.size is None:
         with base.route(route):
-            return [(head(states[known][None])[0].float(), targets[known])]
+            return [(base.logits(states[known][None])[0], targets[known])]
     found = []
     for row in range(states.shape[0]):
         if bool(known[row].any()):
             with base.route(route.select([row])):
-                found.append((head(states[row, known[row]][None])[0].float(), targets[row, known[row]]))
+                found.append((base.logits(states[row, known[row]][None])[0], targets[row, known[row]]))
     return found
 
 
@@ -205,11 +209,10 @@ def row_figures(
         index = torch.tensor(rows)[(targets != -100).nonzero()[:, 0].cpu()]
         known = targets[targets != -100]
         flat = states[targets != -100]
-        head = base.select("head")[0].leave
         for start in range(0, len(known), _AT_ONCE):
             part = slice(start, start + _AT_ONCE)
             with base.route(entry):
-                logits = head(flat[part][None])[0].float()
+                logits = base.logits(flat[part][None])[0]
             losses = F.cross_entropy(logits, known[part], reduction="none")
             loss.index_add_(0, index[part], losses.double().cpu())
             right.index_add_(0, index[part], (logits.argmax(dim=1) == known[part]).long().cpu())

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from graft.data.dialogue import Dialogue
 from graft.data.load import Unit
+from graft.errors import DataError
 from graft.generate import Answer, answer_all
 from graft.model import Base
 from graft.objectives.base import Report, Result, Say, silent
@@ -23,8 +24,17 @@ from graft.scorers import default_scorer, read_scorer
 _LONGEST_ANSWER = 512
 """Tokens generated at most when the recipe does not say."""
 
+_THOUGHT = "</think>"
+"""Ends what a reasoning model writes before its answer."""
+
 _SHORTEST_LIMIT = 32
 """A limit is not below this: an untuned model that answers in a sentence should be able to finish it."""
+
+
+def _has_reference(dialogue: Dialogue) -> bool:
+    """Whether a model's answer can be graded: not where the last turn only calls tools, or is not to be trained."""
+    last = dialogue.messages[-1]
+    return bool(last.content.strip()) and last.train is not False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +145,12 @@ class Instruct(Causal):
         for line in preflight.lines():
             say(line)
         preflight.check(self.allow_dropped)
-        by_place = {row.place: row for row in rows}
-        return [Turn(row.ids, row.trained, row.prompt, by_place[row.place]) for row in kept]
+        if not any(_has_reference(rows[row.row]) for row in kept):
+            raise DataError(
+                f"none of {len(rows):,} rows, first {rows[0].place}, ends with an answer in words to grade a model by",
+                "give rows whose last turn is an answer that may be trained",
+            )
+        return [Turn(row.ids, row.trained, row.prompt, rows[row.row]) for row in kept]
 
     def evaluate(
         self,
@@ -151,13 +165,14 @@ class Instruct(Causal):
         `generated_rows` with `quick`).
         """
         figures = row_figures(base, examples, entry, batch_size)
-        # A row whose last turn is marked as not to be trained has no reference to grade its answer by.
-        asked = [turn for turn in examples if turn.dialogue.messages[-1].train is not False]
+        asked = [turn for turn in examples if _has_reference(turn.dialogue)]
         asked = asked[: self.generated_rows] if quick else asked
         answers = self.answers(base, asked, entry, batch_size, report)
         assert base.tokenizer is not None
-        said = [str(base.tokenizer.decode(answer.ids, skip_special_tokens=True)) for answer in answers]
+        written = [str(base.tokenizer.decode(answer.ids, skip_special_tokens=True)) for answer in answers]
         rows = [turn.dialogue for turn in asked]
+        # What a model thinks before it answers is not its answer.
+        said = [text.rpartition(_THOUGHT)[2].lstrip() for text in written]
         scorer = read_scorer(self.scorer) if self.scorer else default_scorer(rows)
         scores = scorer.items(said, rows)
         further = {"perplexity": figures.perplexity, "ended": sum(a.ended for a in answers) / len(answers)}
@@ -167,7 +182,7 @@ class Instruct(Causal):
         samples = [
             {"place": turn.place, "prompt": turn.dialogue.prompt[-1].content, "reference": turn.dialogue.answer,
              "answer": text, "ended": answer.ended, "score": score}
-            for turn, text, answer, score in zip(asked, said, answers, scores, strict=True)
+            for turn, text, answer, score in zip(asked, written, answers, scores, strict=True)
         ]  # fmt: skip
         return Result(sum(scores) / len(scores), figures.mean_loss, scores, further, samples)
 

@@ -21,6 +21,8 @@ class Piece:
 
     ids: Sequence[int]
     place: str
+    text: int
+    """Which of the texts it is of, counted from 0."""
 
     @property
     def trained(self) -> Sequence[int]:
@@ -58,12 +60,12 @@ class Pretrain(Causal):
         renderer = Renderer(tokenizer)
         pieces = []
         short = 0
-        for row in rows:
+        for number, row in enumerate(rows):
             ids = renderer.text(row.text)
             # Pieces overlap by one token, so that each token but a text's first is predicted once.
             cut = [ids[start : start + max_length] for start in range(0, max(1, len(ids) - 1), max_length - 1)]
             short += len(ids) < 2
-            pieces += [Piece(piece, row.place) for piece in cut if len(piece) > 1]
+            pieces += [Piece(piece, row.place, number) for piece in cut if len(piece) > 1]
         if not pieces:
             raise DataError(f"none of {len(rows)} texts has two tokens", "give longer texts")
         tokens = sum(len(piece) for piece in pieces)
@@ -83,5 +85,11 @@ class Pretrain(Causal):
     ) -> Result:
         """Next-token accuracy and loss."""
         figures = row_figures(base, examples, entry, batch_size, report)
-        each = (figures.right / figures.tokens).tolist()
+        right: dict[int, int] = {}
+        tokens: dict[int, int] = {}
+        # The pieces of a long text are one row: they are not independent of each other.
+        for piece, guessed, count in zip(examples, figures.right.tolist(), figures.tokens.tolist(), strict=True):
+            right[piece.text] = right.get(piece.text, 0) + guessed
+            tokens[piece.text] = tokens.get(piece.text, 0) + count
+        each = [right[text] / tokens[text] for text in right]
         return Result(sum(each) / len(each), figures.mean_loss, each, {"perplexity": figures.perplexity})
