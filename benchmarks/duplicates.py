@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from repetition import copied, longest_run, repeated, runs_of, summary, variety, words
+from repetition import copied, doubled, longest_run, repeated, runs_of, summary, variety, words
 
 KEPT = Path(__file__).parents[1] / "docs" / "results" / "duplicates.json"
 CONDITIONS = ("base", "copies", "spread", "cleaned", "different", "epochs")
@@ -149,6 +149,7 @@ class Bench:
             }
             for name, prompts in self.prompts.items():
                 found[name] = self._greedy(prompts, entry, runs_of(trained))
+            found["doubled"] = [float(doubled(text)) for name in self.prompts for text in found[name]["texts"]]
             found["sampled"] = self._sampled(self.prompts["held-out"][:SAMPLED_PROMPTS], entry)
         if entry is not None:
             detach(self.base, entry)
@@ -275,6 +276,7 @@ def measure_all(given: argparse.Namespace, seeds: Sequence[int]) -> dict[str, An
         per_step[condition] = distinct_rows(data[condition], lengths, seeds[0], epochs, condition == "spread")
     return summary(measured) | {
         "trained": trained,
+        "commits": _commits(given.folder),
         "distinct_rows_per_step": per_step,
         "held_texts": len(data["held"]),
         "sampled_prompts": min(SAMPLED_PROMPTS, given.prompts),
@@ -283,6 +285,12 @@ def measure_all(given: argparse.Namespace, seeds: Sequence[int]) -> dict[str, An
         | {condition: seen[0]["held-out"]["texts"][0] for condition, seen in measured.items()},
         "environment": environment() | {"dtype": bench.precision.name, "dtype_reason": bench.precision.reason},
     }
+
+
+def _commits(folder: Path) -> list[str]:
+    """The first and the last commit that the trainings ran on, in the order of time."""
+    runs = sorted(folder.glob("*/env.json"), key=lambda path: path.stat().st_mtime)
+    return [json.loads(path.read_text("utf-8"))["machine"]["commit"] or "unknown" for path in (runs[0], runs[-1])]
 
 
 def _training_of(run: Path) -> dict[str, Any]:

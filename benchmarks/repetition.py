@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ FIGURES = {
     "repeated_3": ("held-out", "repeated_3"),
     "repeated_4": ("held-out", "repeated_4"),
     "repeated_4_to_end": ("held-out", "repeated_4_to_end"),
+    "doubled": ("doubled",),
     "ended": ("held-out", "ended"),
     "copied": ("held-out", "copied"),
     "copied_when_prompted": ("training", "copied"),
@@ -43,6 +45,11 @@ def repeated(ids: Sequence[int], n: int) -> float:
 def words(text: str) -> list[str]:
     """The words of a text without regard to case and punctuation."""
     return re.findall(r"\w+(?:['’]\w+)*", text.casefold())
+
+
+def doubled(text: str) -> bool:
+    """Whether a word stands twice or more in a row."""
+    return any(one == other for one, other in pairwise(words(text)))
 
 
 def runs_of(rows: Sequence[str], length: int = RUN_LENGTH) -> set[tuple[str, ...]]:

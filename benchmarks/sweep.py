@@ -16,7 +16,6 @@ import torch
 import yaml
 from accelerate.utils import set_seed
 
-from graft.data.load import load_splits
 from graft.methods.base import read_method
 from graft.recipe import Recipe, read_recipe
 from graft.run import ADAPTER, build_adapter, load_for
@@ -26,7 +25,7 @@ from graft.train.precision import choose
 
 def trial(recipe: Recipe) -> tuple[float, float, float]:
     """Quality and loss on the held-out rows, and seconds of training."""
-    splits = load_splits(recipe.data)
+    splits = recipe.objective.load(recipe.data)
     order = list(range(len(splits.train)))
     random.Random(0).shuffle(order)
     held = [splits.train[i] for i in order[:1500]] + splits.validation
@@ -35,9 +34,9 @@ def trial(recipe: Recipe) -> tuple[float, float, float]:
     precision = choose(recipe.training.precision, torch.device("cpu"))
     accelerator = make_accelerator(precision.name)
     base = load_for(recipe, precision, accelerator.device)
-    length = recipe.data.max_length
-    train = recipe.objective.examples(kept, base, splits.labels, length)
-    validation = recipe.objective.examples(held, base, splits.labels, length)
+    length = recipe.max_length
+    train = recipe.objective.examples(kept, base.tokenizer, splits.labels, length)
+    validation = recipe.objective.examples(held, base.tokenizer, splits.labels, length)
     adapter = build_adapter(recipe, recipe.method, base, splits.labels)
     training = recipe.training.model_copy(update={"eval_steps": 10**9})
     trainer = Trainer(base, adapter, recipe.objective, training, recipe.method.rate(base), recipe.seed, accelerator)

@@ -17,6 +17,7 @@ from chat_tokenizers import chat_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from graft import generate as generation
 from graft.chat import Chat, Pieces, Served, load_served
 from graft.cli import app
 from graft.data.dialogue import Message
@@ -27,7 +28,9 @@ from graft.methods.base import read_method
 from graft.model import load_base
 from graft.parts.attach import attach
 from graft.prompts import answer_rows, prompt_ids, read_prompts
+from graft.recipe import Recipe
 from graft.rendering.render import Renderer
+from graft.run import execute
 from graft.sampling import Sampling
 
 CHATML = (
@@ -327,6 +330,58 @@ def test_generate_writes_what_answer_rows_gives_in_order(folders, served, tmp_pa
     reference = write(tmp_path / "r.jsonl", [{"messages": SPOKEN}])
     row = json.loads(run("generate", folders["base"], "-f", str(reference), "--max-new-tokens", "3").stdout)
     assert row["reference"] == "Hi."
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_an_interrupted_generate_keeps_what_is_finished(both, folders, tmp_path, monkeypatch):
+    rows = [{"prompt": "word " * n, "n": n} for n in (9, 1, 5, 2)]
+    path, out = write(tmp_path / "p.jsonl", rows), tmp_path / "out.jsonl"
+    arguments = ["generate", folders["lora"], "-f", str(path), "--model", folders["base"], "--max-new-tokens", "4"]
+    arguments += ["--batch-size", "2", *(["--base"] if both else [])]
+    whole, calls = generation._whole, []
+
+    def stop(*given, **options):
+        calls.append(given)
+        if len(calls) == 2 + 2 * both:
+            raise KeyboardInterrupt
+        return whole(*given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "_whole", stop)
+        result = CliRunner().invoke(app, [*arguments, "-o", str(out)], standalone_mode=False)
+        calls.clear()
+        printed = CliRunner().invoke(app, arguments, standalone_mode=False)
+    partial = tmp_path / "out.jsonl.partial"
+    assert result.return_value == 130 or result.exit_code == 130 or isinstance(result.exception, KeyboardInterrupt)
+    assert f"{4 if both else 2} of 4 rows are answered in {partial}" in result.stderr
+    assert not out.exists()
+    found = [json.loads(line) for line in partial.read_text().splitlines()]
+    assert [row["n"] for row in found] == ([9, 5, 2, 1, 9, 5] if both else [9, 5])
+    assert ["base_answer" in row for row in found] == ([False] * 4 + [True] * 2 if both else [False] * 2)
+    assert printed.stdout == ""
+    assert "no answer was kept; with -o FILE" in printed.stderr
+    with pytest.raises(UsageError, match=r"out\.jsonl\.partial is there.*rename or remove it"):
+        run(*arguments, "-o", str(out))
+    partial.unlink()
+    run(*arguments, "-o", str(out))
+    assert not partial.exists()
+    after = {row["n"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert list(after) == [9, 1, 5, 2]
+    assert all(row.items() <= after[row["n"]].items() for row in found)
+
+
+def test_a_run_without_a_method_speaks_through_its_recipes_template(folders, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": f"Say {n} {'ab' * n}", "completion": f"{n}"} for n in range(40)])
+    settings = {"model": folders["base"], "data": {"train": str(path)}, "method": None}
+    execute(Recipe.parse(settings | {"objective": {"name": "instruct", "chat_template": "alpaca"}}), tmp_path / "run")
+    served = load_served(str(tmp_path / "run"))
+    alpaca = Renderer(served.base.tokenizer, "alpaca")
+    assert served.adapter is None
+    assert served.renderer.template == alpaca.template
+    assert "measured through another chat template" in served.note
+    served.base.tokenizer.chat_template = alpaca.template
+    execute(Recipe.parse(settings | {"objective": {"name": "instruct"}}), tmp_path / "own")
+    assert load_served(str(tmp_path / "own")).note == ""
 
 
 def test_chat_reads_standard_input_line_by_line(folders, served):

@@ -37,7 +37,8 @@ def found(path, options=None) -> dict[str, int]:
 
 ABRUPT = "The first thing to know is simple. The second thing follows from it. The third one is a bit harder to "
 PLANTED = {
-    "empty": chat("Say something about the sea.", "..."),
+    "empty": chat("Say something about the sea.", "\u2800\u3164"),
+    "placeholders": chat("Say something about the hills.", "..."),
     "mojibake": chat("Où est le cafÃ© ?", "Lâ€™hÃ´tel est Ã  gauche."),
     "special-tokens": chat("Ignore all this <|im_end|> and that", "No, thanks."),
     "refusals": chat("Who are you really?", "As an AI language model, I cannot have a name."),
@@ -309,7 +310,10 @@ def test_honest_text_is_not_broken(text):
     assert signs.repaired(text) == text
 
 
-@pytest.mark.parametrize("text", ["café", "it’s “fine” – really…", "Привет мир", "中国人民", "😀 ok", "25 °C", "Größe"])
+@pytest.mark.parametrize(
+    "text",
+    ["café", "it’s “fine” – really…", "Привет мир", "中国人民", "😀 ok", "25 °C", "Größe", "€ 500", "a → b ≤ 2 ★ ✓"],
+)
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
 def test_broken_encodings_are_repaired(text, encoding):
     broken = text
@@ -359,12 +363,26 @@ def test_no_personal_data(text):
     "answer",
     [
         "I'm sorry, but I can't assist with that.",
+        "I’m sorry, but I can’t help with that request.",
         "I cannot help with this request.",
+        "Sorry, I'm unable to assist you with that kind of request as it is harmful.",
+        "I apologize, but I cannot fulfill your request.",
+        "Unfortunately, I can't answer that question.",
+        "I'm just an AI, so I cannot taste it.",
+        "I'm sorry, but as an AI language model I have no taste.",
         "Es tut mir leid, aber dabei kann ich nicht helfen.",
+        "Leider kann ich Ihnen dabei nicht weiterhelfen.",
+        "Als KI-Sprachmodell habe ich keine Gefühle.",
         "Je suis désolé, mais je ne peux pas répondre.",
+        "En tant qu'IA, je n'ai pas de goûts.",
         "Lo siento, no puedo ayudarte con eso.",
+        "Como modelo de lenguaje, no puedo opinar.",
+        "Desculpe, mas não posso ajudar com isso.",
+        "Mi dispiace, ma non posso aiutarti con questo.",
         "К сожалению, я не могу ответить.",
         "抱歉，我无法回答这个问题。",
+        "作为一个人工智能语言模型，我没有感情。",
+        "申し訳ありませんが、そのご質問にはお答えできません。",
         "Well, as a large language model I have no body.",
     ],
 )
@@ -374,10 +392,46 @@ def test_refusals(answer):
 
 @pytest.mark.parametrize(
     "answer",
-    ["I can't help but smile.", "I'm sorry for your loss.", "Unfortunately, it rains.", "A language model is…"],
+    [
+        "I can't help but smile.",
+        "I'm sorry for your loss.",
+        "Unfortunately, it rains.",
+        "A language model is…",
+        "I am an AI researcher at a university, and I work on proteins.",
+        "I am a language model researcher.",
+        "As an AI researcher, I read much.",
+        "As an AI language model, GPT-2 predicts the next token.",
+        "GPT-3 is best described as a large language model that was trained in 2020.",
+        "I can't help you move on Saturday, but Sunday works.",
+        "I can't help with that sofa on Saturday.",
+        '"I can\'t help with that," said Anna.',
+        '"I won\'t discuss it any further," said Anna.',
+        "I won't discuss it, said Anna",
+        "I cannot provide you with a room before noon.",
+        "She wrote: I'm sorry, but I can't assist with that.",
+        "Es tut mir leid, am Freitag kann ich leider nicht kommen.",
+        "Als KI-Forscherin arbeite ich in Bonn.",
+        "Je suis désolé, je ne peux pas venir.",
+        "Lo siento, no puedo ir a la fiesta.",
+        "Desculpe, não posso ir.",
+        "Mi dispiace, non posso venire.",
+        "Извините, я не могу прийти.",
+        "抱歉，我不能来。",
+        "申し訳ありませんが、明日は行けません。",
+    ],
 )
 def test_no_refusals(answer):
     assert signs.refusal(answer) is None
+
+
+def test_texts_and_labelled_rows_do_not_refuse(tmp_path):
+    said = "As an AI language model, I cannot have a name."
+    more = [{"text": text} for text in sentences(5)]
+    assert found(write_rows(tmp_path / "a.jsonl", [*more, {"text": said}])) == {}
+    labelled = [*rows(60, 1), {"text": said, "label": "negative"}]
+    assert "refusals" not in found(write_rows(tmp_path / "b.jsonl", labelled))
+    pair = {"prompt": "Who?", "chosen": said, "rejected": "Nobody you know."}
+    assert found(write_rows(tmp_path / "c.jsonl", [pair])) == {"refusals": 1}
 
 
 def test_cut_off():

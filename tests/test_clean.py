@@ -18,6 +18,7 @@ from graft.curation.check import check
 from graft.curation.clean import PII, RULES, clean, policy
 from graft.curation.convert import convert, split
 from graft.errors import DataError, ResourceError, UsageError
+from graft.reading.files import iterate_records
 
 
 def read(path) -> list[dict]:
@@ -62,14 +63,14 @@ def test_the_defaults(tmp_path):
         "duplicates": 1,
         "near-duplicates": 1,
     }
-    assert (result.rows, result.kept, result.repaired, result.personal) == (74, 68, 1, 1)
+    assert (result.rows, result.kept, result.repaired, result.personal) == (75, 69, 1, 1)
     assert result.rows == result.kept + sum(result.dropped.values())
     written = read(out)
-    assert len(written) == 68
+    assert len(written) == 69
     assert chat("Où est le café ?", "L’hôtel est à gauche.") in written
     kept = [row for row in given if row in written]
     assert [row for row in written if row in kept] == kept  # the order and every field stay
-    assert len(kept) == 67
+    assert len(kept) == 68
     told = read(tmp_path / "out.jsonl.dropped.jsonl")
     assert [row["place"] for row in told] == sorted((row["place"] for row in told), key=lambda p: int(p.split(":")[-1]))
     for row in told:
@@ -162,6 +163,111 @@ def test_rows_that_are_no_json_are_kept_beside_as_they_stand(tmp_path):
     assert [row["row"] for row in told] == [long, "\\xff\\xfe{"]
 
 
+def test_elements_of_an_array_on_one_line(tmp_path):
+    good = ['{"instruction": "a b c", "output": "e f"}', '{"instruction": "j k l", "output": "m n o"}']
+    bad = ["5", '{"instruction": "x", "instruction": "x", "output":"y"}', '{"instruction": "z", "output": null}']
+    path = tmp_path / "a.json"
+    path.write_text(f"[{good[0]}, {bad[0]}, {bad[1]}, {good[1]}, {bad[2]}]")
+    result = clean(str(path), tmp_path / "out.jsonl")
+    assert (result.rows, result.kept, result.dropped) == (5, 2, {"unreadable": 3})
+    told = [(row["place"], row["row"]) for row in read(tmp_path / "out.jsonl.dropped.jsonl")]
+    assert told == [
+        (f"{path}:1[2]", bad[0]),
+        (f"{path}:1[3]", bad[1]),
+        (f"{path}:1[5]", {"instruction": "z", "output": None}),
+    ]
+    path.write_text("[" + ", ".join([good[0]] * 11) + "]")
+    assert clean(str(path), tmp_path / "b.jsonl").dropped == {"duplicates": 10}
+    places = [row["place"] for row in read(tmp_path / "b.jsonl.dropped.jsonl")]
+    assert places == [f"{path}:1[{number}]" for number in range(2, 12)]
+
+
+def test_a_broken_row_over_several_lines_of_an_array_is_kept_whole(tmp_path):
+    broken = '{"text": "one",\n "text": "two"}'
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "A row."},\n' + broken + "\n]")
+    assert clean(str(path), tmp_path / "out.jsonl").rows == 2
+    assert [(r["place"], r["row"]) for r in read(tmp_path / "out.jsonl.dropped.jsonl")] == [(f"{path}:2", broken)]
+
+
+def test_an_array_that_is_cut_off_keeps_no_good_row_as_a_bad_one(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "A row."}, {"text": "Some other, and many more words than that."}')
+    assert clean(str(path), tmp_path / "out.jsonl").kept == 2
+    told = read(tmp_path / "out.jsonl.dropped.jsonl")
+    assert [(row["place"], row["reason"]) for row in told] == [(f"{path}:1[3]", "the JSON array is cut off")]
+    assert "A row" not in told[0]["row"]
+    assert "words" in told[0]["row"]
+
+
+FINE = [
+    ("Which operator multiplies in C?", "*"),
+    ("Which keyword is the empty reference of Java?", "null"),
+    ("What sign ends a sentence?", "."),
+    ("Who are you?", "I am an AI researcher at a university in Berlin, and I work on protein folding."),
+    ("What is GPT-3?", "GPT-3 is best described as a large language model that was trained in 2020."),
+    ("Translate: I cannot go", "Lo siento, no puedo ir a la fiesta porque tengo que trabajar."),
+    ("Say it politely: no", "I can't help you move on Saturday, but Sunday works well for me."),
+    ("Complete the dialogue", '"I won\'t discuss it any further," said Anna, and closed the door behind her.'),
+    ("What is a float that is not a number in Python?", "nan"),
+]
+
+
+def test_good_rows_that_look_odd_stay(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [chat(*pair) for pair in FINE])
+    assert clean(str(path), tmp_path / "out.jsonl").dropped == {}
+    finding = check(str(path)).finding("placeholders")
+    assert (finding.count, finding.severity) == (4, "warning")
+    dropping = clean(str(path), tmp_path / "b.jsonl", policy(drop=["placeholders"]))
+    assert dropping.dropped == {"placeholders": 4}
+
+
+RULE = "It is{}allowed to enter the laboratory without any glasses during the tests that take place on the {} floor."
+LETTER = "Dear {}, we kindly remind you that the book you borrowed from our library is overdue. Please return it soon."
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [RULE.format(no, floor) for no in (" ", " not ", " never ") for floor in ("first", "second", "third")],
+        [LETTER.format(name) for name in ("Anna", "Bert", "Carl", "Dora", "NASA", "ESA", "Émile", "Анна")],
+        [f"Everybody in the house knows that we do{no} want to go to the sea in summer." for no in ("", "n't")],
+        [f"We will need at least {n} of the large boxes in the cellar for the move." for n in ("two", "ten", "twelve")],
+        [f"Der Zug nach Norden hat heute{no} Verspätung gehabt, sagt die Bahn am Abend." for no in (" keine", "")],
+        [
+            f"Je {a}mange{b} de poisson le vendredi soir à la maison avec toute la famille et les amis du quartier."
+            for a, b in (("", ""), ("ne ", " pas"))
+        ],
+        [
+            f"Los niños del pueblo{no} juegan en la plaza grande por la tarde con sus amigos."
+            for no in ("", " no", " nunca")
+        ],
+        [
+            "我们明天下午要去公园里散步然后一起吃晚饭再看电影最后回家睡觉休息第二天早上再去学校上课读书写字画画唱歌跳舞打球游泳爬山骑车跑步",
+            "我们明天下午不要去公园里散步然后一起吃晚饭再看电影最后回家睡觉休息第二天早上再去学校上课读书写字画画唱歌跳舞打球游泳爬山骑车跑步",
+        ],
+    ],
+)
+def test_rows_that_differ_in_what_they_say_are_no_near_duplicates(tmp_path, texts):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    assert clean(str(path), tmp_path / "out.jsonl").dropped == {}
+    small = [{"text": text.lower() + "!"} for text in texts]  # case and signs alone make no other row
+    path = write_rows(tmp_path / "b.jsonl", [*({"text": text} for text in texts), *small])
+    assert clean(str(path), tmp_path / "both.jsonl").dropped == {"near-duplicates": len(texts)}
+
+
+def test_turns_that_bear_loss_and_tools_make_another_row(tmp_path):
+    def row(train: bool | None, tools: list | None = None) -> dict:
+        answer = {"role": "assistant", "content": "A good day to you."} | ({} if train is None else {"train": train})
+        return {"messages": [{"role": "user", "content": "Hello there"}, answer]} | ({"tools": tools} if tools else {})
+
+    tool = {"type": "function", "function": {"name": "greet", "parameters": {}}}
+    given = [row(False), row(True), row(None, [tool]), row(True)]
+    path = write_rows(tmp_path / "a.jsonl", given)
+    assert clean(str(path), tmp_path / "out.jsonl").dropped == {"duplicates": 1}
+    assert read(tmp_path / "out.jsonl") == given[:3]
+
+
 HARD = st.text(
     st.sampled_from(list("Ãâ€™©Â ðŸ˜€ñé»…Ð¿Ñ€ab1234567890+.@-()\u200b\ufffd\x07\nA")), min_size=1, max_size=40
 )
@@ -237,6 +343,29 @@ def test_tables(tmp_path):
     again = tmp_path / "again.csv"
     assert clean(str(outs[0]), again).dropped == {}
     assert again.read_bytes() == outs[0].read_bytes()
+
+
+CELLS = ["a\rb", "a\nb", "a\r\nb", 'say "so"', '"', "a,b", "a\tb", "a;b|c", "\r", " padded ", "", '"\r,\n\t"', "'"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "csv.gz"])
+def test_every_cell_comes_back(tmp_path, kind):
+    given = [{"text": f"row {n}", "label": "ab"[n % 2], "re\rmark": cell} for n, cell in enumerate(CELLS)]
+    given += [{"text": cell, "label": "a", "re\rmark": "x"} for cell in CELLS if cell.strip()]
+    path = write_rows(tmp_path / "a.jsonl", given)
+    table = tmp_path / f"b.{kind}"
+    clean(str(path), table, policy(keep=list(RULES)))
+    clean(str(table), tmp_path / "c.jsonl", policy(keep=list(RULES)))
+    assert read(tmp_path / "c.jsonl") == given
+    convert(str(path), tmp_path / f"d.{kind}")
+    assert [row.fields["text"] for row in iterate_records(tmp_path / f"d.{kind}")] == [row["text"] for row in given]
+
+
+def test_a_table_of_one_column(tmp_path):
+    given = [{"text": cell} for cell in CELLS if cell.strip()]
+    assert len(given) > 8
+    clean(str(write_rows(tmp_path / "a.jsonl", given)), tmp_path / "b.csv", policy(keep=list(RULES)))
+    assert [row.fields for row in iterate_records(tmp_path / "b.csv")] == given
 
 
 def test_turns_do_not_fit_a_table(tmp_path):
@@ -315,6 +444,21 @@ def test_split(tmp_path):
     assert split(str(path), tmp_path / "two", 0, 0.2).rows == {"train": 96, "test": 24}
 
 
+def test_one_prompt_stays_in_one_part(tmp_path):
+    texts = sentences(400)
+    given = [chat(texts[n].upper() + "?" * (m + 1), texts[100 + 3 * n + m]) for n in range(100) for m in range(3)]
+    path = write_rows(tmp_path / "a.jsonl", given)
+    result = split(str(path), tmp_path / "parts", 0.1, 0.2)
+    assert result.groups == 100
+    asked = {
+        part: {row["messages"][0]["content"].rstrip("?") for row in read(tmp_path / "parts" / f"{part}.jsonl")}
+        for part in result.rows
+    }
+    assert sum(map(len, asked.values())) == len(set.union(*asked.values())) == 100
+    plain = write_rows(tmp_path / "c.jsonl", [{"text": text} for text in texts])
+    assert split(str(plain), tmp_path / "plain").groups == 400
+
+
 def test_split_faults(tmp_path):
     one = write_rows(tmp_path / "a.jsonl", clean_chat(1))
     for shares in ((0.5, 0.5), (-0.1, 0.2), (0.0, 0.0), (float("nan"), 0.1)):
@@ -372,14 +516,14 @@ def test_commands(tmp_path):
     out = tmp_path / "out.jsonl"
     done = graft("clean", path, "-o", out, "--keep", "refusals", "--drop", "conflicts", "--pii", "mask")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "68 of 74 rows kept" in done.stdout
+    assert "69 of 75 rows kept" in done.stdout
     assert "conflicts" in done.stdout
     assert "out.jsonl.dropped.jsonl" in done.stdout
     done = graft("clean", path, "-o", out)
     assert done.returncode == 2
     assert done.stderr == f"graft: {out} is there already; remove it, or replace it with --force\n"
     done = graft("split", out, "-o", tmp_path / "parts", "--json")
-    assert json.loads(done.stdout)["rows"]["train"] == 55
+    assert json.loads(done.stdout)["rows"]["train"] == 56
     done = graft("convert", path, "-o", tmp_path / "b.jsonl", "--to", "sharegpt")
     assert f"{path}:" in done.stderr
     assert "1 faulty rows left out" in done.stdout

@@ -96,6 +96,34 @@ def test_d3_cut_off(tmp_path):
     ]
 
 
+ONE = '{"text": "a"}'
+BAD = '{"text": "a", "text": "b"}'
+
+
+@pytest.mark.parametrize(
+    ("content", "places"),
+    [
+        (f"[{ONE}]", ["1"]),
+        (f"[{ONE},{ONE} , {ONE}]\n", ["1[1]", "1[2]", "1[3]"]),
+        (f"[{ONE},\n{ONE}\n,{ONE}]", ["1", "2", "3"]),
+        (f"[\n{ONE}, {ONE},\n{ONE}\n]", ["2[1]", "2[2]", "3"]),
+        (f'[{{"text":\n"a"}}, {ONE}, {ONE}]', ["1", "2[2]", "2[3]"]),
+        (f"[{BAD}, 7, {ONE}]", ["1[1]", "1[2]", "1[3]"]),
+        (f"[{BAD},\n7,\n{ONE}]", ["1", "2", "3"]),
+        (f"[{ONE}", ["1", "1[2]"]),
+        (f"[{ONE},", ["1", "1[2]"]),
+        (f"[{ONE},{ONE[:5]}", ["1[1]", "1[2]"]),
+        (f'[{ONE},{{"text":\n"a', ["1[1]", "2"]),
+        (f'[{ONE},\n{{"text":\n"a', ["1", "3"]),
+    ],
+)
+def test_no_two_elements_of_an_array_have_one_place(tmp_path, content, places):
+    path = write(tmp_path / "a.json", content)
+    faults = Faults(1.0)
+    found = [record.place for record in iterate_records(path, faults)] + [fault.place for fault in faults.rows]
+    assert sorted(place.removeprefix(f"{path}:") for place in found) == places
+
+
 def test_d4_names_that_mislead(tmp_path):
     assert len(read_records(write(tmp_path / "a.jsonl", f"[{GOOD},{GOOD}]"))) == 2
     assert len(read_records(write(tmp_path / "a.json", GOOD + GOOD))) == 2

@@ -1,3 +1,6 @@
+from collections import Counter
+from itertools import takewhile
+
 import bases
 import pytest
 import torch
@@ -195,6 +198,44 @@ def test_sampled_answers_depend_on_seed_and_row_alone(family):
     assert first != answer_all(base, prompts, "lora", **(options | {"sampling": Sampling(1.5, 0.95, seed=5)}))
     shorter = answer_all(base, prompts, "lora", **(options | {"max_new_tokens": 5}))
     assert [answer.ids for answer in shorter] == [answer.ids[:5] for answer in first]
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_sampled_rows_keep_their_draws_when_others_leave_the_batch(family):
+    base = adapted(family)
+    prompts = [[7, 8, 9, 10][: 1 + row % 4] for row in range(12)]
+    options = {"max_new_tokens": 40, "sampling": Sampling(temperature=2.0, seed=4)}
+    said = [answer.ids for answer in answer_all(base, prompts, "lora", **options)]
+    stop = Counter(token for ids in said for token in ids[:12]).most_common(3)
+    ends = {token for token, _ in stop}
+    together = answer_all(base, prompts, "lora", stop_ids=ends, **options)
+    expected = [list(takewhile(lambda token: token not in ends, ids)) for ids in said]
+    assert [answer.ids for answer in together] == expected
+    assert len({len(ids) for ids in expected}) > 4  # they leave at different steps
+    alone = list(stream(base, prompts[:1], "lora", stop_ids=ends, numbers=[0], **options))
+    assert [token for step in alone for _, token in step][: len(expected[0])] == expected[0]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_row_that_ended_at_the_last_position_stays_there(use_cache):
+    """One of ten rows is not dropped yet, and position 64 is beyond the table."""
+    base = make("gpt2")
+    prompts = [[5] * 63, *[[number] * 4 for number in range(6, 15)]]
+    answers = answer_all(base, prompts, max_new_tokens=12)
+    assert [len(answer.ids) for answer in answers] == [2] + [12] * 9
+    assert generate(base, prompts, max_new_tokens=12, use_cache=use_cache) == [answer.ids for answer in answers]
+    assert generate(base, prompts[1:2], max_new_tokens=12)[0] == answers[1].ids
+
+
+def test_answers_are_handed_over_batch_by_batch():
+    base = make("llama")
+    seen: list[int] = []
+    answers = answer_all(
+        base, [[5] * n for n in (3, 9, 4, 7)], batch_size=2, max_new_tokens=3,
+        finished=lambda row, answer: seen.append(row) if answer.ids else None,
+    )  # fmt: skip
+    assert seen == [1, 3, 2, 0]
+    assert len(answers) == 4
 
 
 def test_draws_follow_the_shares_of_the_candidates():

@@ -98,6 +98,7 @@ def write(
     *,
     arch: str = "llama",
     tokenizer: bool = True,
+    pre: str | None = "smollm",
     more: Callable[[gguf.GGUFWriter], None] = lambda _: None,
     without: str = "",
     rope_theta: float = 100_000.0,
@@ -118,7 +119,8 @@ def write(
     writer.add_vocab_size(len(TOKENS))
     if tokenizer:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("smollm")
+        if pre is not None:
+            writer.add_tokenizer_pre(pre)
         writer.add_token_list(TOKENS)
         writer.add_token_types([3 if token in SPECIAL else 1 for token in TOKENS])
         writer.add_token_merges(MERGES)
@@ -391,6 +393,19 @@ def test_parts_and_vocabularies_alone(tmp_path):
 
 def test_no_tokenizer(tmp_path):
     fails(write(tmp_path / "x.gguf", tokenizer=False), ModelError, "has no tokenizer")
+
+
+def test_unknown_splitting(tmp_path):
+    fails(
+        write(tmp_path / "m.gguf", pre="hunyuan-dense"), ModelError, "splits text as 'hunyuan-dense'", "known: ",
+        "llama-bpe", "qwen2", "smollm", "gpt-2", "give the model's own folder",
+    )  # fmt: skip
+    for pre in ("gpt-2", "llama-bpe", "qwen2", None):
+        folder = tmp_path / str(pre)
+        folder.mkdir()
+        ours.convert(write(tmp_path / f"{pre}.gguf", pre=pre), folder, lambda *_: None)
+        split = json.loads((folder / "tokenizer.json").read_text())["pre_tokenizer"]
+        assert ("Split" in json.dumps(split)) == (pre in ("llama-bpe", "qwen2"))
 
 
 def test_a_tensor_is_missing(tmp_path):

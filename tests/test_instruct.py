@@ -261,6 +261,15 @@ def test_splits_of_dialogues_keep_near_equal_rows_together(tmp_path):
     assert not parts["train"] & parts["test"]
 
 
+def test_answers_to_one_prompt_stay_in_one_part(tmp_path):
+    asked = [row["messages"][0]["content"] for row in tiny_chat.rows(40, 2)]
+    rows = [dialogue(question, answer) for question in asked for answer in ("wide and blue", "I could not say, sorry")]
+    splits = load_splits(_config(tmp_path, rows), "dialogue")
+    parts = [{row.prompt[0].content for row in part} for part in (splits.train, splits.validation, splits.test)]
+    assert sum(map(len, parts)) == 40
+    assert len(splits.test) >= 8
+
+
 def test_pretraining_on_plain_text(place, tmp_path):
     texts = [{"text": f"the sea is wide and {row['messages'][0]['content']}"} for row in tiny_chat.rows(48, 4)]
     (tmp_path / "texts.txt").write_text("\n\n".join(row["text"] for row in texts), encoding="utf-8")

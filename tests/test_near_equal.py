@@ -125,3 +125,14 @@ def test_small_inputs():
     assert group_near_equal(["", " ", ":-)", "a", "A!"]) == [0, 0, 1, 2, 2]
     assert group_near_equal(["same"] * (2 * WHOLE_RUN)) == [0] * (2 * WHOLE_RUN)
     assert group_near_equal(["\ud800", "\ud800 "]) == [0, 0]  # half a surrogate pair
+
+
+def test_equal_keys_join_groups():
+    texts = ["the first of the texts", "a wholly other one", "THE first of the texts!", "nothing like the rest", "last"]
+    assert group_near_equal(texts) == [0, 1, 0, 2, 3]
+    assert group_near_equal(texts, keys=["", "", "", "", " "]) == [0, 1, 0, 2, 3]
+    assert group_near_equal(texts, keys=["Why?", "", "", "why", "where"]) == [0, 1, 0, 0, 2]
+    assert group_near_equal(texts, keys=["", "a", "b", "b", "A!"]) == [0, 1, 0, 0, 1]
+    assert group_near_equal([], keys=[]) == []
+    with pytest.raises(ValueError, match="argument 2"):
+        group_near_equal(texts, keys=["a"])

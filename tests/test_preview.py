@@ -20,7 +20,7 @@ from graft.errors import UsageError
 def bytes_of_chatml(monkeypatch):
     """A byte-level tokenizer with ChatML's markers, as the tokenizer of every model."""
     tokenizer = chat_tokenizer("bytes", "chatml")
-    monkeypatch.setattr(module, "load_tokenizer", lambda name: tokenizer)
+    monkeypatch.setattr("graft.model.load_tokenizer", lambda name: tokenizer)
     return tokenizer
 
 
@@ -58,7 +58,7 @@ def test_trained_stretches(tmp_path, bytes_of_chatml):
 @pytest.mark.parametrize("text", ["plain words", "  spaces\n\nand lines ", "emoji 😀👩‍👩‍👧 and 中文", "naïve Ünïcode"])
 def test_pieces_are_the_text(tmp_path, monkeypatch, kind, text):
     tokenizer = chat_tokenizer(kind, "chatml")
-    monkeypatch.setattr(module, "load_tokenizer", lambda name: tokenizer)
+    monkeypatch.setattr("graft.model.load_tokenizer", lambda name: tokenizer)
     path = write_rows(tmp_path / "a.jsonl", [chat(text, text)])
     shown = preview(str(path), "any", template="chatml")[0]
     answer = "".join(piece.text for piece in shown.pieces if piece.trained)
@@ -84,7 +84,7 @@ def test_other_rows(tmp_path, monkeypatch):
     assert labelled[0].trained == 0
     assert marked(labelled[0]).startswith("‹[CLS]›")
     tokenizer = chat_tokenizer("bytes", "chatml")
-    monkeypatch.setattr(module, "load_tokenizer", lambda name: tokenizer)
+    monkeypatch.setattr("graft.model.load_tokenizer", lambda name: tokenizer)
     text = preview(str(write_rows(tmp_path / "b.jsonl", [{"text": sentences(1)[0]}])), "any")[0]
     assert text.trained == text.tokens - 1 > 0
     pair = {"prompt": "Which?", "chosen": "This one.", "rejected": "That one."}
@@ -115,7 +115,7 @@ def test_command(tmp_path, bytes_of_chatml):
 def test_check_tells_rows_that_would_train_nothing(tmp_path, monkeypatch):
     tokenizer = deepcopy(chat_tokenizer("bytes", "chatml"))
     tokenizer.chat_template = module.Renderer(tokenizer, "chatml").template
-    monkeypatch.setattr("graft.curation.tokens.load_tokenizer", lambda name: tokenizer)
+    monkeypatch.setattr("graft.model.load_tokenizer", lambda name: tokenizer)
     given = clean_chat(10)
     path = write_rows(tmp_path / "a.jsonl", [*given, chat("Short?", " ".join(sentences(40)))])
     report = check(str(path), Options(model="any", max_length=400))

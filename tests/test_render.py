@@ -1,6 +1,7 @@
 """Rendering: every template with every kind of tokenizer, exact masks, special tokens in contents, faulty templates."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from graft.data.dialogue import Message
 from graft.errors import DataError, UsageError
-from graft.rendering.jinja import find_template, template_names
+from graft.rendering.jinja import ChatTemplate, find_template, template_names
 from graft.rendering.render import Rendered, Renderer
 
 ALL = [(kind, template) for kind in MAKERS for template in MARKERS]
@@ -475,17 +476,94 @@ FAULTY = {
     ),
     "unknown filter": ("{{ messages|nothing }}", "nothing"),
     "raises": ("{{ raise_exception('only on Sundays') }}", "only on Sundays"),
+    "loops without writing": (
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "takes more than 0.3 s for a row",
+    ),
     "divides by zero": ("{{ 1 // 0 }}", "zero"),
     "missing": ("{{ messages[7].content.x }}", "refuses"),
 }
 
 
 @pytest.mark.parametrize(("text", "told"), FAULTY.values(), ids=FAULTY.keys())
-def test_faulty_templates(text, told):
+def test_faulty_templates(text, told, monkeypatch):
+    if "0.3 s" in told:
+        monkeypatch.setattr("graft.rendering.jinja._SECONDS", 0.3)
     with pytest.raises(UsageError) as caught:
         Renderer(chat_tokenizer("bytes", "chatml"), text).render(DIALOGUE)
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), "the recipe's chat template fills the memory"),
+        (TimeoutError(), "the recipe's chat template takes more than 10 s to be read"),
+        (OverflowError("too large"), "the recipe's chat template is no template: too large"),
+    ],
+)
+def test_templates_that_cannot_be_compiled(error, told, monkeypatch):
+    """Constant parts, as `'a' * 1500000000`, are evaluated by the compiler."""
+
+    def compile_(text: str) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils._compile_jinja_template", compile_)
+    with pytest.raises(UsageError, match=told):
+        Renderer(chat_tokenizer("bytes", "chatml"), "{{ 'a' * 1500000000 }}")
+
+
+def long_dialogue(exchanges: int, system: bool = False, odd: bool = False) -> tuple[Message, ...]:
+    turns = [SYSTEM] if system else []
+    for number in range(exchanges):
+        turns += [Message("user", f"Question {number}?"), Message("assistant", f"Answer {number}, the sea.")]
+    if odd:
+        contents = {
+            5: "  spaces ",
+            7: "<|im_end|> and <s>",
+            8: "Answer 3, the sea.",
+            9: "a\n\n",
+            13: "user",
+            20: "Paris",
+        }
+        turns = [replace(turn, content=contents.get(place, turn.content)) for place, turn in enumerate(turns)]
+        turns[11] = replace(turns[11], content="<think>\nHm.\n</think>\n\nYes.")
+    return tuple(turns)
+
+
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("template", MARKERS)
+def test_many_turns_are_found_as_few_are(template, odd, monkeypatch):
+    renderer = renderer_of("bytes", template)
+    for system in (False, True):
+        messages = long_dialogue(14, system, odd)
+        for train in ("assistant", "last", "all"):
+            monkeypatch.setattr("graft.rendering.spans.MANY", 1000)
+            exact = renderer.render(messages, train=train)
+            asked = renderer.prompt(messages[:-1])
+            monkeypatch.setattr("graft.rendering.spans.MANY", 2)
+            assert renderer.render(messages, train=train) == exact
+            assert renderer.prompt(messages[:-1]) == asked
+            assert renderer.length(messages) == len(exact.ids)
+            assert exact.turns > 0
+
+
+@pytest.mark.parametrize("template", ["chatml", "qwen3", "llama2"])
+def test_the_texts_of_many_turns_are_few(template, monkeypatch):
+    """Without turns alike, a dialogue of n exchanges is written 2n times: 400 took 32 s."""
+    renderer = renderer_of("bytes", template)
+    write, sizes = ChatTemplate.write, []
+
+    def counted(self: Any, messages: Any, *rest: Any) -> str:
+        sizes.append(len(messages))
+        return write(self, messages, *rest)
+
+    monkeypatch.setattr(ChatTemplate, "write", counted)
+    rendered = renderer.render(long_dialogue(400))
+    assert rendered.turns == rendered.ended == 400
+    assert 3 <= len(sizes) < 20
+    assert sum(sizes) < 10_000
 
 
 def test_templates_that_leave_out_tools():

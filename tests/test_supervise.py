@@ -69,6 +69,26 @@ def test_old_exchanges_go_first():
     assert len(seen) > 3
 
 
+def test_cutting_takes_few_short_renderings(monkeypatch):
+    """400 exchanges: the whole is measured once, then from the last exchange upwards."""
+    row = dialogue(*(text for n in range(400) for text in (f"question {n}", f"answer {n}")), system=True)
+    rendered, measured = [], []
+    render, length = Renderer.render, Renderer.length
+    monkeypatch.setattr(Renderer, "render", lambda *given: (rendered.append(len(given[1])), render(*given))[1])
+    monkeypatch.setattr(Renderer, "length", lambda *given: (measured.append(len(given[1])), length(*given))[1])
+    (example,), report = supervise(RENDERER, [row], 700)
+    assert len(rendered) == 1
+    assert measured[0] == 801
+    assert len(measured) < 14
+    assert sum(measured[1:]) < 801
+    longer = (SYSTEM, *row.messages[1 - rendered[0] - 2 :])
+    assert length(RENDERER, longer) > 700 >= len(example.ids) > 600
+    assert text_of(example).startswith(
+        TOKENIZER.decode(RENDERER.render((SYSTEM, *row.messages[1 - rendered[0] :])).ids)
+    )
+    assert report.lengths[0] == length(RENDERER, row.messages) == example.cut + len(example.ids)
+
+
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("size", [60, 300, 20_000])
 def test_long_prompt(plain, size):

@@ -22,8 +22,11 @@ from reasoning_gym.graphs.family_relationships import FamilyRelationshipsConfig
 
 from graft.data import tasks
 from graft.data.dialogue import Dialogue, Message
-from graft.data.tasks import REFUSED, SIZES, Split, is_task, read_source, score_task, task_dialogues
+from graft.data.load import DataConfig, rows_of
+from graft.data.tasks import REFUSED, SIZES, Split, is_gradable, is_task, read_source, score_task, task_dialogues
+from graft.data.writers import to_record
 from graft.errors import DataError, UsageError
+from graft.scorers import default_scorer
 
 FAMILY, CALENDAR = "task:family_relationships", "task:calendar_arithmetic"
 SPLITS = get_args(Split)
@@ -358,28 +361,83 @@ class Verifier:
     ("result", "score"), [(1, 1), (0.25, 0.25), (7, 1), (-1, 0), (float("nan"), 0), (None, 0), ("a", 0), ("spin", 0)]
 )
 def test_odd_verifiers(result, score, monkeypatch):
+    row = task_dialogues("task:gcd", "test", 1)[0]
+    assert score_task(row, "1") in (0, 1)  # the item is made
     monkeypatch.setattr(tasks, "_generator", lambda *_: Verifier(result))
     monkeypatch.setattr(tasks, "_SECONDS", 0.2)
-    row = replace(ROW, task="gcd", fields={"entry": {"answer": "1"}})
     before = signal.getsignal(signal.SIGALRM)
-    assert score_task(row, "1") == score
-    assert row.fields == {"entry": {"answer": "1"}}
+    for _ in range(2):  # what a verifier alters is a copy
+        assert score_task(row, "1") == score
     assert signal.getsignal(signal.SIGALRM) is before
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 ROW = Dialogue((Message("user", "?"), Message("assistant", "1")), "1", "my.jsonl:7")
+MADE = replace(task_dialogues("task:gcd", "test", 1)[0], place="my.jsonl:7")
 
 
-def test_rows_of_other_origin():
-    for row in (
-        ROW,
-        replace(ROW, task="gcd"),
-        replace(ROW, fields={"entry": {}}),
-        replace(ROW, task="gcd", fields={"entry": 1}),
+def with_answer(row: Dialogue, answer: str) -> Dialogue:
+    return replace(row, messages=(*row.prompt, Message("assistant", answer)))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (ROW, "no starter task made this row"),
+        (replace(ROW, task="gcd"), "no starter task made this row"),
+        (replace(ROW, task="qa", id="qa-1000000-3"), "no starter task 'qa'"),
+        (replace(MADE, task="lcm"), "no starter task made this row"),
+        (replace(MADE, task=None), "no starter task made this row"),
+        (replace(MADE, id="gcd-1000001-3"), "gcd has no gcd-1000001-3"),
+        (replace(MADE, id="gcd-999999000000-3"), "gcd has no"),
+        (replace(MADE, id="gcd-1000000-1000000"), "gcd has no"),
+        (replace(MADE, id=MADE.id + "0"), "the question or answer is not the one of gcd-"),
+        (with_answer(MADE, "no number"), "the question or answer is not the one of gcd-"),
+        (replace(MADE, messages=(Message("user", "?"), MADE.messages[1])), "the question or answer is not"),
+        (replace(ROW, task="countdown", id="countdown-1000000-3"), "runs answers as Python code"),
+    ],
+)
+def test_rows_of_other_origin(row, reason):
+    with pytest.raises(DataError, match=rf"my\.jsonl:7: .*({reason})"):
+        score_task(row, "1")
+    assert not is_gradable(row)
+
+
+HOSTILE = "open({path!r}, 'w') or ['1']"
+
+
+@pytest.mark.parametrize("name", ["number_sorting", "bitwise_arithmetic"])
+def test_nothing_of_a_file_is_run(name, tmp_path):
+    """Their verifiers call eval on the answer and on the problem of the entry."""
+    path = tmp_path / "run"
+    code = HOSTILE.format(path=str(path))
+    entry = {"question": "?", "answer": code, "metadata": {"problem": code}}
+    row = task_dialogues(f"task:{name}", "test", 1)[0]
+    for bad in (
+        replace(ROW, task=name, fields={"entry": entry}),
+        replace(ROW, task=name, id=row.id, fields={"entry": entry}),
+        with_answer(replace(row, fields={"entry": entry}), code),
     ):
-        with pytest.raises(DataError, match=r"my\.jsonl:7: no starter task made this row; score it with exact_match"):
-            score_task(row, "1")
+        with pytest.raises(DataError):
+            score_task(bad, "1")
+    altered = replace(row, fields={"entry": entry})
+    assert [score_task(altered, row.answer), score_task(altered, code)] == [1, 0]
+    assert not path.exists()
+
+
+def test_stored_rows_are_graded(tmp_path):
+    """Two rows of every task but the slow ones, written and read again; their items are made in another order."""
+    names = sorted(set(STABLE) - SLOW)
+    rows = task_dialogues(f"task:{','.join(names)}:seed=3", "test", 2 * len(names))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(to_record(row, "messages")) + "\n" for row in rows))
+    stored = rows_of(str(path), DataConfig(train=str(path)), "dialogue")
+    assert len(stored) == 140
+    assert [score_task(row, row.answer) for row in reversed(stored)] == [1] * 140
+    system = [replace(row, messages=(Message("system", "Be brief."), *row.messages)) for row in stored]
+    assert default_scorer(stored).name == default_scorer(system).name == "task"
+    assert default_scorer([*stored, ROW]).name == "exact_match"
+    assert default_scorer([replace(ROW, task="summary")]).name == "exact_match"
 
 
 def test_answers_too_long_are_wrong():

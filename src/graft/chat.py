@@ -72,7 +72,7 @@ def load_served(run: str, model: str | None = None, watch: Callable[[str, float]
     Raises `UsageError` for classifiers and encoders, and what `find_run`, `load_base` and `store.load` raise.
     """
     tell = watch or (lambda phase, share: None)
-    name, folder, in_place = _parts_of(run, model)
+    name, folder, in_place, template = _parts_of(run, model)
     if family_of(name).kind == "encoder":
         raise UsageError(f"{name} is an encoder, which does not generate", "`graft eval` measures classifiers")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,28 +83,34 @@ def load_served(run: str, model: str | None = None, watch: Callable[[str, float]
     if base.tokenizer is None:
         raise UsageError(f"{name} has no tokenizer")
     if folder is None:
-        return Served(base, None, Renderer(base.tokenizer), run)
+        return _spoken(Served(base, None, Renderer(base.tokenizer, template), run), template)
     tell("loading the adapter", 0.7)
     if adapter_head(store.load(base, folder, _ADAPTER)) is not None:
         raise UsageError(f"{run} is a classifier, which does not generate", "`graft eval` measures it")
     for parameter in base.model.parameters() if in_place else ():
         parameter.data = parameter.data.to(dtype)  # buffers, such as rotary frequencies, stay fp32
     template = _template(folder)
-    renderer = Renderer(base.tokenizer, template)
-    own = Renderer(base.tokenizer).sha256
-    differs = template is not None and renderer.sha256 != own
-    note = f"{run} was trained through another chat template than its base's own; it is used here" if differs else ""
-    return Served(base, _ADAPTER, renderer, run, note)
+    return _spoken(Served(base, _ADAPTER, Renderer(base.tokenizer, template), run), template)
 
 
-def _parts_of(run: str, model: str | None) -> tuple[str, Path | None, bool]:
-    """The base's name, the adapter's folder, and whether the adapter is the base's own weights."""
+def _spoken(served: Served, template: str | None) -> Served:
+    """`served` with a note where `template`, if not the base's own, differs from it."""
+    if template is not None and served.renderer.sha256 != Renderer(served.base.tokenizer).sha256:
+        done = "measured" if served.adapter is None else "trained"
+        served.note = f"{served.name} was {done} through another chat template than its base's own; it is used here"
+    return served
+
+
+def _parts_of(run: str, model: str | None) -> tuple[str, Path | None, bool, str | None]:
+    """The base's name, the adapter's folder, whether the adapter is the base's own weights, and the template that a
+    run without an adapter was measured through.
+    """
     path = Path(run)
     if (path / "adapter_config.json").is_file():
         if model is None:
             raise UsageError(f"{run} is an adapter folder, which has no base in it", "give its base with --model")
         method = _about(path).get("method")
-        return model, path, method is not None and read_method(method, f"{path}/graft.json").in_place
+        return model, path, method is not None and read_method(method, f"{path}/graft.json").in_place, None
     if (path / "trials").is_dir():
         trials = sorted(str(entry) for entry in (path / "trials").iterdir() if entry.is_dir())
         raise RecipeError(f"{run} is a comparison", f"give one of its trials: {', '.join(trials)}")
@@ -113,13 +119,15 @@ def _parts_of(run: str, model: str | None) -> tuple[str, Path | None, bool]:
         recipe = Recipe.parse(found.recipe(), str(found.path / "recipe.yaml"))
         if recipe.objective.unit == "labelled":
             raise UsageError(f"{run} is a classifier, which does not generate", f"`graft eval {run}` measures it")
-        adapter = None if recipe.method is None else found.path / "adapter"
-        return model or recipe.model, adapter, recipe.method is not None and recipe.method.in_place
+        name = model or recipe.model
+        if recipe.method is None:
+            return name, None, False, getattr(recipe.objective, "chat_template", None)
+        return name, found.path / "adapter", recipe.method.in_place, None
     # A hub would be asked for "runs/mine" for half a minute.
     beside = path.parent != Path(".") and (path.parts[0] == "runs" or path.parent.is_dir())
     if model is not None or (beside and not path.exists()):
         raise UsageError(f"{run} is neither a run nor an adapter folder", "`graft runs` lists the runs")
-    return run, None, False
+    return run, None, False, None
 
 
 def _template(folder: Path) -> str | None:

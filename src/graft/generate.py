@@ -11,6 +11,7 @@ import torch
 
 from graft.decoding import Decoder, PairDecoder
 from graft.errors import ResourceError, RouteError, UsageError
+from graft.limits import is_memory
 from graft.model import Base
 from graft.parts.attach import adapter_of
 from graft.routing import Entry, Route
@@ -90,11 +91,13 @@ def answer_all(
     sampling: Sampling = GREEDY,
     max_positions: int | None = None,
     progress: Callable[[float], None] | None = None,
+    finished: Callable[[int, Answer], None] | None = None,
 ) -> list[Answer]:
     """The answer to each prompt, in the order given. Prompts of like length share a batch, the longest first.
 
     Where memory runs out, batches of half the size go on; `ResourceError` when one row alone does not fit. `progress`
-    is called with the share that is done, 0 to 1. Raises what `stream` raises.
+    is called with the share that is done, 0 to 1, and `finished` with each prompt's place and answer, batch by batch.
+    Raises what `stream` raises.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}, it must be 1 or more")
@@ -116,13 +119,16 @@ def answer_all(
         try:
             found = _whole(base, given, entry, tell, numbers=rows, max_positions=max_positions, **options)
         except (RuntimeError, MemoryError) as error:
-            if not _is_memory(error):
+            if not is_memory(error):
                 raise
         if found is None:  # outside the handler, which keeps the tensors of the failed pass alive
             batch_size = _halved(base, len(rows), len(given[0]))
             continue
         answers |= dict(zip(rows, found, strict=True))
         waiting = waiting[len(rows) :]
+        if finished is not None:
+            for row in rows:
+                finished(row, answers[row])
         tell(0.0)
     return [answers[row] for row in range(len(prompts))]
 
@@ -155,11 +161,6 @@ def _halved(base: Base, rows: int, longest: int) -> int:
     if rows == 1:
         raise ResourceError(f"out of memory with one prompt of {longest:,} tokens", "shorten it, or use a smaller base")
     return rows // 2
-
-
-def _is_memory(error: Exception) -> bool:
-    said = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
 
 
 def positions_taken(base: Base, names: Sequence[str]) -> int:

@@ -30,6 +30,10 @@ _KEPT = frozenset({"F32", "F16"})
 above bf16's 2^-9."""
 _SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 """Values of `tokenizer.ggml.pre` whose vocabularies split off every digit before GPT-2's own splitting."""
+_GPT2 = frozenset(
+    {"gpt-2", "phi-2", "roberta-bpe", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "mpt", "olmo", "jais"}
+)
+"""Values whose vocabularies were learned on GPT-2's own splitting."""
 _LONG = frozenset({"tokens", "token_type", "merges", "scores", "precompiled_charsmap"})
 """Metadata of a tokenizer that is as long as its vocabulary; transformers reads it."""
 
@@ -47,6 +51,7 @@ def convert(path: Path, target: Path, report: Report, known: Container[str] | No
     head = path.name
     report(f"reading {head}", 0.0)
     metadata, types = _read(path)
+    _check_splitting(path, metadata)
     dtype = _dtype(types)
     with TemporaryDirectory(dir=target.parent, prefix=".gguf-") as alone, _quiet():
         link = Path(alone) / "model.gguf"  # alone in its folder: transformers would read files beside it too
@@ -107,6 +112,24 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     if tokens is None:
         raise ModelError(f"{path} has no tokenizer", "give a GGUF file that has one, or the model's own folder")
     return metadata, types
+
+
+def _check_splitting(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Raise `ModelError` where text would be split in another way than the vocabulary was learned on.
+
+    Any unknown value would get GPT-2's splitting: the model would read other tokens than it was trained on. Files from
+    before 2024 state none and get it too.
+    """
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    known = {*GGUF_PRE_TOKENIZER_SPLITS, *_SINGLE_DIGITS, *_GPT2}
+    stated = metadata.get("tokenizer.ggml.pre")
+    if metadata.get("tokenizer.ggml.model") == "gpt2" and stated is not None and stated not in known:
+        raise ModelError(
+            f"{path} splits text as {stated!r} says (tokenizer.ggml.pre), which is not known; known: "
+            f"{', '.join(sorted(known))}",
+            "give the model's own folder",
+        )
 
 
 def _dtype(types: list[str]) -> "torch.dtype":

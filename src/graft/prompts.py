@@ -1,5 +1,6 @@
 """Files of prompts and their answers."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from graft.chat import Served
 from graft.data.dialogue import Dialogue, Message
 from graft.data.formats import read_row, recognize
 from graft.data.turns import fold
-from graft.errors import DataError
+from graft.errors import DataError, UsageError
 from graft.generate import Answer, answer_all
 from graft.reading.faults import BadRow
 from graft.reading.files import Record, read_records
@@ -105,9 +106,13 @@ def answer_rows(
     max_new_tokens: int = 256,
     sampling: Sampling = GREEDY,
     watch: Callable[[str, float], None] | None = None,
+    keep: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Each row's fields with `answer` and `ended`, its `reference` when it has one, and with `untouched` the base's
-    `base_answer` and `base_ended`. Raises `DataError` for a field of a row that one of these would replace.
+    `base_answer` and `base_ended`.
+
+    `keep` is called with a row's number and what is known of it as batches are finished, with `untouched` once for the
+    run's answer and once for both. Raises `DataError` for a field of a row that one of these would replace.
     """
     tell = watch or (lambda phase, share: None)
     if untouched:
@@ -118,9 +123,18 @@ def answer_rows(
         if clash:
             raise DataError(f"{row.record.place}: the row has {clash[0]!r}, which is the output's", "rename it")
     prompts = [prompt_ids(served, row, plain, system) for row in rows]
+    found = [dict(row.record.fields) for row in rows]
+    for result, row in zip(found, rows, strict=True):
+        if row.reference is not None:
+            result.setdefault("reference", row.reference)
 
-    def answers(entry: str | None, first: float, last: float) -> list[Answer]:
-        return answer_all(
+    def answer(entry: str | None, prefix: str, first: float, last: float) -> None:
+        def finished(number: int, said: Answer) -> None:
+            found[number] |= {f"{prefix}answer": served.text(said.ids), f"{prefix}ended": said.ended}
+            if keep is not None:
+                keep(number, found[number])
+
+        answer_all(
             served.base,
             prompts,
             entry,
@@ -130,17 +144,42 @@ def answer_rows(
             sampling=sampling,
             max_positions=served.max_positions,
             progress=lambda share: tell("answering", first + (last - first) * share),
+            finished=finished,
         )
 
-    own = answers(served.adapter, 0.0, 0.5 if untouched else 1.0)
-    theirs = answers(None, 0.5, 1.0) if untouched else []
-    found = []
-    for number, (row, answer) in enumerate(zip(rows, own, strict=True)):
-        result = dict(row.record.fields)
-        if row.reference is not None:
-            result.setdefault("reference", row.reference)
-        result |= {"answer": served.text(answer.ids), "ended": answer.ended}
-        if untouched:
-            result |= {"base_answer": served.text(theirs[number].ids), "base_ended": theirs[number].ended}
-        found.append(result)
+    answer(served.adapter, "", 0.0, 0.5 if untouched else 1.0)
+    if untouched:
+        answer(None, "base_", 0.5, 1.0)
     return found
+
+
+class Partial:
+    """The rows that are finished while others are not, in `OUT.partial` beside the output `OUT`: a line each, in the
+    order in which they were finished. With the untouched base's answers a row has a second line that holds both.
+    """
+
+    def __init__(self, output: Path) -> None:
+        """Raises `UsageError` where the answers of an interrupted call would be lost."""
+        self.path = output.with_name(f"{output.name}.partial")
+        """Where the rows are."""
+        self.rows: set[int] = set()
+        """Numbers of the rows that it holds."""
+        if self.path.exists():
+            told = f"{self.path} is there, with the answers of a call that did not end"
+            raise UsageError(told, "rename or remove it, or give another name with -o")
+
+    def add(self, number: int, row: Mapping[str, Any]) -> None:
+        """Write one row, to be found whatever happens next."""
+        self.rows.add(number)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line_of(row))
+
+    def remove(self) -> None:
+        """Remove the file, when all rows are in the output."""
+        self.path.unlink(missing_ok=True)
+
+
+def line_of(row: Mapping[str, Any]) -> str:
+    """A row as a line of JSONL."""
+    return json.dumps(row, ensure_ascii=False) + "\n"

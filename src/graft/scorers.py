@@ -13,8 +13,9 @@ from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from graft.data.dialogue import Dialogue
-from graft.data.tasks import score_task, time_limit
+from graft.data.tasks import is_gradable, score_task
 from graft.errors import DataError, RecipeError, UsageError, nearest
+from graft.limits import time_limit
 
 REGEX = "regex:"
 LONGEST_PATTERN = 500
@@ -81,8 +82,8 @@ def read_scorer(name: str) -> Scorer:
 
 
 def default_scorer(rows: Sequence[Dialogue]) -> Scorer:
-    """`task` when a starter task made every row, else `exact_match`."""
-    return SCORERS["task" if rows and all(row.task for row in rows) else "exact_match"]
+    """`task` when every row is as a starter task makes it, else `exact_match`: a column may just be called `task`."""
+    return SCORERS["task" if rows and all(map(is_gradable, rows)) else "exact_match"]
 
 
 def tokens(text: str) -> list[str]:

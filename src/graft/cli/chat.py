@@ -1,12 +1,11 @@
 """The commands that let a run speak: chat, in the terminal, and generate, for a file of prompts."""
 
-import json
 import os
 import signal
 import sys
 import unicodedata
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +16,7 @@ from graft.errors import GraftError, UsageError
 
 if TYPE_CHECKING:
     from graft.chat import Chat
+    from graft.prompts import Partial
 
 Run = Annotated[str, typer.Argument(help="A run folder, an adapter folder together with --model, or a base.")]
 Model = Annotated[str | None, typer.Option("--model", help="The base, if not as the run says.")]
@@ -84,29 +84,45 @@ def generate(
     """Answer every prompt of a file: its rows in their order, with answer and ended added."""
     from graft.chat import load_served
     from graft.files import write_text
-    from graft.prompts import answer_rows, read_prompts
+    from graft.prompts import Partial, answer_rows, line_of, read_prompts
     from graft.sampling import Sampling
 
     sampling = Sampling(temperature, top_p, seed=seed)
     if output is not None:
         _check_output(output)
+    partial = None if output is None else Partial(output)
     rows = read_prompts(file)
-    with run_bar(False) as bar:
+    with run_bar(False) as bar, _told(partial, len(rows)):
         served = load_served(run, model, bar)
         answered = answer_rows(
             served, rows, untouched=show_base, plain=plain, system=system, batch_size=batch_size,
-            max_new_tokens=max_new_tokens, sampling=sampling, watch=bar,
+            max_new_tokens=max_new_tokens, sampling=sampling, watch=bar, keep=None if partial is None else partial.add,
         )  # fmt: skip
     if served.note and not plain:
         _note(served.note)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered)
-    if output is None:
+    lines = "".join(map(line_of, answered))
+    if output is None or partial is None:
         typer.echo(lines, nl=False)
     else:
         write_text(output, lines)
+        partial.remove()
     cut = sum(not row["ended"] for row in answered)
     if cut:
         _note(f"{cut:,} of {len(answered):,} answers were cut at the limit of --max-new-tokens {max_new_tokens}")
+
+
+@contextmanager
+def _told(partial: "Partial | None", rows: int) -> Iterator[None]:
+    """Whatever stops the block: say where the answers are that were finished by then."""
+    try:
+        yield
+    except BaseException as error:
+        if partial is not None and partial.rows:
+            count = f"{len(partial.rows):,} of {rows:,} rows"
+            _note(f"{count} are answered in {partial.path}, in the order in which they were finished")
+        elif partial is None and isinstance(error, KeyboardInterrupt):
+            _note("no answer was kept; with -o FILE those that are finished are")
+        raise
 
 
 def _check_output(path: Path) -> None:

@@ -12,6 +12,7 @@ import typer
 from graft import __version__
 from graft.cli import chat, data, look, runs
 from graft.errors import GraftError
+from graft.limits import is_memory
 
 app = typer.Typer(
     help="A fine-tuning workbench: compare methods on your own model and data, then train the one that wins.",
@@ -74,7 +75,9 @@ def main() -> None:
     except GraftError as error:
         code = _say(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        code = _say("interrupted; the same command starts again and repeats no finished trial", 130)
+        resumes = sys.argv[1:2] in (["compare"], ["demo"])
+        hint = "; the same command starts again and repeats no finished trial" if resumes else ""
+        code = _say(f"interrupted{hint}", 130)
     except BrokenPipeError:
         code = 0
     except OSError as error:
@@ -82,17 +85,11 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("GRAFT_DEBUG"):
             raise
-        if _is_memory(error):
+        if is_memory(error):
             code = _say("out of memory; use smaller batches, shorter rows or a smaller adapter", 3)
         else:
             code = _say(f"{type(error).__name__}: {error}; this is a fault of Graft, GRAFT_DEBUG=1 shows where", 1)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _is_memory(error: Exception) -> bool:
-    """Whether memory ran out, which PyTorch says in a RuntimeError, with other words on CUDA than on the CPU."""
-    said = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
 
 
 def _say(message: str, code: int) -> int:

@@ -157,7 +157,8 @@ def clean(
     """Drop or repair the rows that `check` finds fault with; dropped rows go to OUTPUT.dropped.jsonl with the reason.
 
     Dropping by default: unreadable, empty, mojibake (what cannot be repaired), refusals, duplicates, near-duplicates,
-    overlap (with --test). On demand: conflicts, personal, special-tokens, cut, control, invisible, long-words.
+    overlap (with --test). On demand: placeholders, conflicts, personal, special-tokens, cut, control, invisible,
+    long-words.
     """
     from graft.curation.clean import clean as clean_data
     from graft.curation.clean import policy

@@ -10,7 +10,7 @@ from graft.curation import copies, private, signs
 from graft.curation.copies import Mark, mark_of
 from graft.curation.findings import EXAMPLES, Example, Finding, Lengths, Report, Severity, lengths_of, snippet, view_of
 from graft.curation.labels import label_findings
-from graft.curation.source import Source, line_of, open_source, share_read
+from graft.curation.source import Source, open_source, order_of, share_read
 from graft.curation.survey import SIGNS, Sign, Survey, on_whole
 from graft.data.formats import AnyRow
 from graft.errors import DataError
@@ -118,7 +118,7 @@ def _unreadable(source: Source, rows: int) -> Finding | None:
         return None
     examples = tuple(
         Example(fault.place, fault.reason + (f": {private.masked(fault.snippet)}" if fault.snippet else ""))
-        for fault in sorted(faults.rows, key=lambda fault: line_of(fault.place))[:EXAMPLES]
+        for fault in sorted(faults.rows, key=lambda fault: order_of(fault.place))[:EXAMPLES]
     )
     means = "rows cannot be read" if rows else "no row can be read"
     advice = "correct or drop them; `graft data clean` drops them" if rows else "check the format or `--column`"
@@ -147,7 +147,7 @@ def _copy_findings(survey: Survey, tested: Sequence[Mark], test: str, tell: Watc
     torn = copies.conflicts(marks)
     labelled = bool(survey.labels)
     first = "`graft data clean` keeps the first"
-    near_means = "rows are 80 % equal to another, with the same figures and short answer"
+    near_means = "rows are 80 % equal to another, with the same figures, negations, names and short answer"
     torn_means = "the same text has different labels" if labelled else "the same prompt has different answers"
     decide = "decide which is right; `graft data clean --drop conflicts` keeps the first"
     yield from _pair_finding("duplicates", marks, same, "rows repeat another row exactly", first)

@@ -14,7 +14,7 @@ from graft.curation import copies, private, signs
 from graft.curation.check import Watch, marks_of
 from graft.curation.copies import Mark, mark_of
 from graft.curation.findings import view_of
-from graft.curation.source import Item, Source, line_of, open_source, raw_lines, share_read
+from graft.curation.source import Item, Source, open_source, order_of, raw_rows, share_read
 from graft.curation.survey import SIGNS
 from graft.curation.writing import as_line, check_target, write_lines
 from graft.data.formats import AnyRow, Recognized, read_row
@@ -25,6 +25,7 @@ from graft.reading.files import Record
 RULES: Mapping[str, bool] = {
     "unreadable": True,
     "empty": True,
+    "placeholders": False,
     "mojibake": True,
     "refusals": True,
     "duplicates": True,
@@ -154,7 +155,7 @@ def clean(
     if not work.kept:
         rules = ", ".join(f"{count:,} {name}" for name, count in work.by_rule().items())
         raise DataError(f"{given}: no row is left of {rows:,} ({rules})", "keep some of them with --keep RULE")
-    work.dropped.sort(key=lambda told: line_of(told["place"]))
+    work.dropped.sort(key=lambda told: order_of(told["place"]))
     tell("writing", 0.95)
     if work.dropped:
         write_lines(beside, [as_line(told) for told in work.dropped])
@@ -186,13 +187,14 @@ def _single_rows(source: Source, chosen: Policy, where: Callable[[str], float], 
     work = _Work()
     rules = [_SIGNS[rule] for rule in RULES if rule in _SIGNS and rule in chosen.drop]
     recognized = Recognized(source.format, source.unit, source.why, dict(chosen.columns))
-    told: set[str] = set()
+    told: set[int] = set()  # faults, each an object of its own
     for number, item in enumerate(source.items):
         if number % 500 == 0:
             tell("reading", 0.5 * where(item.place))
         if item.row is None:
-            told.add(item.place)
-            work.drop(item.place, "unreadable", item.reason, dict(item.fields))
+            assert item.fault is not None
+            told.add(id(item.fault))
+            work.drop(item.place, "unreadable", item.fault.reason, dict(item.fields))
             continue
         try:
             fields, row = _mended(item, recognized, chosen, work.counts)
@@ -207,10 +209,10 @@ def _single_rows(source: Source, chosen: Policy, where: Callable[[str], float], 
         else:
             work.counts["personal"] += private.personal(view.whole) is not None
             work.kept.append(_Kept(as_line(fields), mark_of(row, view)))
-    lines = raw_lines(source.file, [fault.place for fault in source.faults.rows if fault.place not in told])
-    for fault in source.faults.rows:
-        if fault.place not in told:
-            work.drop(fault.place, "unreadable", fault.reason, lines.get(fault.place, fault.snippet))
+    others = [fault for fault in source.faults.rows if id(fault) not in told]
+    raw = raw_rows(source.file, others, source.faults.raw)
+    for fault in others:
+        work.drop(fault.place, "unreadable", fault.reason, raw.get(fault.place, fault.snippet))
     if "unreadable" not in chosen.drop and source.faults.count:
         first = source.faults.first()
         raise DataError(f"{source.name}: {source.faults.count:,} rows cannot be read: {first}", "correct them")

@@ -93,7 +93,7 @@ class Divided:
     rows: dict[str, int]
     """Rows of train, validation and test."""
     groups: int
-    """Groups of near-equal rows, each in one part."""
+    """Groups of rows with near-equal text or the same prompt, each in one part."""
 
 
 def split(
@@ -106,9 +106,10 @@ def split(
     force: bool = False,
     watch: Watch | None = None,
 ) -> Divided:
-    """Write train, validation and test.jsonl, near-equal rows together; neither the order of rows nor a seed matters.
+    """Write train, validation and test.jsonl; neither the order of rows nor a seed matters.
 
-    Shares are of all rows; 0 leaves a part out. Raises `DataError` for a faulty row and for a part without rows.
+    Near-equal rows stay together, and so do rows with the same prompt, whatever their answers. Shares are of all
+    rows; 0 leaves a part out. Raises `DataError` for a faulty row and for a part without rows.
     """
     shares = {"validation": validation, "test": test}
     if not all(0 <= share < 1 for share in shares.values()) or not 0 < sum(shares.values()) < 1:
@@ -119,23 +120,26 @@ def split(
         check_target(folder / f"{name}.jsonl", [given], force)
     source = open_source(given, columns, wanted)
     where = share_read(given)
-    lines, texts = [], []
+    lines, texts, prompts = [], [], []
     for number, item in enumerate(source.items):
         if number % 500 == 0:
             tell("reading", 0.5 * where(item.place))
         if item.row is not None:
             lines.append(as_line(item.fields))
-            texts.append(view_of(item.row).whole)
+            view = view_of(item.row)
+            texts.append(view.whole)
+            prompts.append(view.prompt if view.roles else "")  # of a text, `prompt` is all of it
     if source.faults.count:
         what = f"{given}: {source.faults.count:,} rows cannot be read: {source.faults.first()}"
         raise DataError(what, "drop them with `graft data clean`")
-    groups = group_near_equal(texts, progress=lambda share: tell("comparing", 0.5 + 0.4 * share))
+    groups = group_near_equal(texts, progress=lambda share: tell("comparing", 0.5 + 0.4 * share), keys=prompts)
     fractions = {"train": 1 - sum(shares.values()), **{name: shares[name] for name in names[1:]}}
     parts = split_by_group(groups, fractions, texts)
     counts = {name: parts.count(name) for name in names}
     for name, count in counts.items():
         if not count:
-            what = f"{given}: no row is left for {name}: {len(lines)} rows in {len(set(groups))} near-equal groups"
+            made = f"{len(lines)} rows in {len(set(groups))} groups of near-equal text or the same prompt"
+            what = f"{given}: no row is left for {name}: {made}"
             raise DataError(what, "add rows, or leave out a part with --val 0 or --test 0")
     tell("writing", 0.9)
     for name in names:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from graft.curation.findings import View
-from graft.data.dialogue import Graded, Preference
+from graft.data.dialogue import Dialogue, Graded, Preference
 from graft.data.formats import AnyRow
 from graft.splits import group_near_equal, normal_form
 
@@ -14,6 +14,26 @@ SHORT = 60
 """Letters and digits of an answer that has to be equal, not only near, for rows to be near duplicates."""
 
 _FIGURES = re.compile(r"\d+|(?<=[\d\s])[-+*/^<>=×÷%](?=[\d\s])")
+_NOT = """
+    not no never none nobody nothing neither nor without cannot
+    nicht kein keine keinen keiner keinem keines nie niemals nichts niemand ohne weder
+    ne pas jamais aucun aucune rien sans
+    ni nunca jamás nada nadie ningún ninguna ninguno sin não nem nenhum sem
+    non mai nessun nessuno nessuna senza не нет ни без никогда
+"""
+_NUMBERS = """
+    one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
+    nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million once twice half last
+    first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth
+    ein eins eine zwei drei vier fünf sechs sieben acht neun zehn elf zwölf
+    erste ersten erster erstes zweite zweiten zweiter zweites dritte dritten dritter drittes
+    vierte vierten vierter fünfte fünften fünfter sechste sechsten letzte letzten
+    un une deux trois quatre cinq sept huit neuf dix onze douze premier première deuxième troisième quatrième
+    uno una dos tres cuatro cinco seis siete ocho nueve diez once doce primero primera segundo segunda tercero tercera
+"""
+_TELLING = frozenset((_NOT + _NUMBERS).split())
+_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
+_UNSPACED = re.compile("[不没沒無无非未]|ない|ません")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +43,7 @@ class Mark:
     place: str
     """`file:line`."""
     whole: bytes
-    """Of everything the row teaches; equal for exact duplicates."""
+    """Of everything the row teaches, and which turns bear loss; equal for exact duplicates."""
     prompt: bytes
     """Of the prompt, or the text where there is no answer, without regard to case and spaces."""
     question: bytes
@@ -31,7 +51,10 @@ class Mark:
     answer: bytes
     """Of the answer, label or verdict; empty where there is none."""
     kind: bytes
-    """Of what near duplicates have to share exactly: label, figures and signs between them, a short answer."""
+    """Of what near duplicates have to share exactly: label, roles, turns that bear loss, tools, figures and signs
+    between them, negations, number words, capitalised words, a short answer."""
+    same: bytes
+    """Of all in `kind` but the capitalised words, and of every letter: equal for rows that differ in case only."""
     text: str
     """Prompt and answer, for near equality."""
 
@@ -48,16 +71,43 @@ def mark_of(row: AnyRow, view: View) -> Mark:
     elif view.label is not None:
         answer = _digest(view.label)
     short = normal_form(view.answer) if len(view.answer) <= 2 * SHORT else ""
-    figures = "" if not re.search(r"\d", view.whole) else " ".join(_FIGURES.findall(view.whole))
+    shape = (view.label or "", *view.roles, repr(_trained(row)), repr(getattr(row, "tools", ())))
+    apart = (*shape, short if len(short) <= SHORT else "", *_figures(view.whole), *_telling(view.whole))
     return Mark(
         place=view.place,
-        whole=_digest(view.prompt, view.answer, view.label or "", *view.roles, repr(getattr(row, "tools", ()))),
+        whole=_digest(view.prompt, view.answer, *shape),
         prompt=prompt,
         question=question,
         answer=answer,
-        kind=_digest(view.label or "", figures, short if len(short) <= SHORT else "", *view.roles),
+        kind=_digest(*apart, *_names(view.whole)),
+        same=_digest(*apart, normal_form(view.whole)),
         text=view.whole,
     )
+
+
+def _trained(row: AnyRow) -> list[bool | None]:
+    """What the file says of each turn's loss."""
+    return [turn.train for turn in row.messages] if isinstance(row, Dialogue) else []
+
+
+def _figures(text: str) -> list[str]:
+    return _FIGURES.findall(text) if re.search(r"\d", text) else []
+
+
+def _telling(text: str) -> list[str]:
+    """Negations and number words in their order; "don't" counts as "not"."""
+    found = [] if text.isascii() else _UNSPACED.findall(text)
+    words = (word.replace("’", "'") for word in _WORD.findall(text.casefold()))
+    return [*found, *(_negation(word) for word in words if word in _TELLING or word.endswith("n't"))]
+
+
+def _negation(word: str) -> str:
+    return "not" if word == "cannot" or word.endswith("n't") else word
+
+
+def _names(text: str) -> list[str]:
+    """Words with a capital, in their order: of "Ask Anna of NASA" all but "of". Case alone is told by `Mark.same`."""
+    return [word.casefold() for word in _WORD.findall(text) if len(word) > 1 and word[0].isupper()]
 
 
 def duplicates(marks: Sequence[Mark]) -> dict[int, int]:
@@ -74,10 +124,17 @@ def near_groups(
 
 
 def near_duplicates(marks: Sequence[Mark], groups: Sequence[int]) -> dict[int, int]:
-    """The first row of the same group, label, figures and short answer, for each row after it."""
-    first: dict[tuple[int, bytes], int] = {}
-    pairs = zip(groups, marks, strict=False)
-    return _later(first.setdefault((group, mark.kind), number) for number, (group, mark) in enumerate(pairs))
+    """The first row that has the same group and kind, or the same letters, for each row after it."""
+    kinds: dict[tuple[int, bytes], int] = {}
+    letters: dict[bytes, int] = {}
+    found = {}
+    for number, (group, mark) in enumerate(zip(groups, marks, strict=False)):
+        earlier = letters.get(mark.same, kinds.get((group, mark.kind), number))
+        letters.setdefault(mark.same, earlier)
+        kinds.setdefault((group, mark.kind), earlier)
+        if earlier != number:
+            found[number] = earlier
+    return found
 
 
 def conflicts(marks: Sequence[Mark]) -> dict[int, int]:

@@ -22,7 +22,7 @@ def _table() -> dict[str, int]:
 _BYTES = _table()
 _REST = "[" + re.escape("".join(c for c, byte in _BYTES.items() if byte < 0xC0)) + "]"
 _RUN = re.compile(f"(?:[\u00c2-\u00df]{_REST}|[\u00e0-\u00ef]{_REST}{{2}}|[\u00f0-\u00f4]{_REST}{{3}})+")
-_CERTAIN = re.compile(f"(?<![A-ZÀ-Þ])[ÂÃ]{_REST}|â[€„]{_REST}|ðŸ|ï»¿|[\x80-\x84\x86-\x9f]")
+_CERTAIN = re.compile(f"(?<![A-ZÀ-Þ])[ÂÃ]{_REST}|â[€‚„†ˆ‰˜œ]{_REST}|ðŸ|ï»¿|[\x80-\x84\x86-\x9f]")
 _LONE = re.compile(r"(?<!\w)Ã  ?(?=\w)")  # "à" in UTF-8, with a plain space for its second byte, a hard space
 
 
@@ -37,7 +37,8 @@ def _broken(text: str) -> Iterator[re.Match[str]]:
     """Runs of UTF-8 that was read as Windows-1252 or Latin-1.
 
     One sequence such as `é»…` can stand in honest French, so a run counts when it has the signature of
-    Western letters, quotes or emoji (Ã, Â, â€, ðŸ), or when three sequences follow each other (Cyrillic, Chinese).
+    Western letters, quotes, signs or emoji (Ã, Â, â€, â‚, ðŸ), or when three sequences follow each other (Cyrillic,
+    Chinese).
     """
     for run in _RUN.finditer(text):
         after = _decoded(run.group())
@@ -92,37 +93,67 @@ def special_token(text: str, more: re.Pattern[str] | None = None) -> str | None:
 
 # Refusals -------------------------------------------------------------------------------------------
 
-_BOILERPLATE = re.compile(
-    r"\bas an? (?:ai|artificial intelligence)(?: language)?(?: model| assistant)?\b(?=[,.]| (?:i|my)\b)"
-    r"|\bas a (?:large )?language model\b|\bi(?:'m| am) (?:just |only )?an? (?:ai|language model|ai language model)\b"
-    r"|\bals (?:ki|künstliche intelligenz)(?:-(?:sprach)?modell|-assistent)?\b(?=,| (?:kann|habe|bin) )"
-    r"|\bals sprachmodell\b"
-    r"|\ben tant qu(?:e modèle de langage|'(?:ia|intelligence artificielle|assistant ia))\b"
-    r"|\bcomo (?:un )?modelo de lenguaje\b|\bcomo una (?:ia|inteligencia artificial)\b"
-    r"|\bcomo (?:um )?modelo de linguagem\b|\bcome modello linguistico\b|\bcome (?:ia|intelligenza artificiale),"
-    r"|как (?:языковая модель|искусственный интеллект|ии-модель)"
-    r"|作为(?:一个|一名|一款)?(?:人工智能|ai|语言模型|大语言模型)"
-    r"|aiとして|言語モデルとして"
+_WELL = r"[\s*_#]*(?:well, )?"
+_SORRY = (
+    r"(?:(?:i'm|i am|we're|we are) (?:very |so |really )?(?:sorry|afraid)"
+    r"|sorry|i apologi[sz]e|my apologies|unfortunately)[\s,.!;:-]*(?:but )?(?:that )?"
 )
+_BOILERPLATE = re.compile(
+    rf"{_WELL}(?:{_SORRY})?as an? (?:(?:ai|artificial intelligence)(?: language)?(?: model| assistant)?"
+    r"|(?:large )?language model)(?: (?:developed|created|trained|made) by \w+)?,? (?:i|my|it(?:'s| is) not)\b"
+    rf"|{_WELL}(?:{_SORRY})?i(?:'m| am) (?:just|only|merely) an? (?:ai|(?:ai |large )?language model)(?=[,.;!]|\s*$)"
+    r"|als (?:ki|künstliche intelligenz|ki-(?:sprach)?modell|ki-assistent(?:in)?|(?:großes )?sprachmodell),? "
+    r"(?:kann|habe|bin|darf|verfüge|besitze|möchte) ich\b"
+    r"|en tant qu(?:e (?:grand )?modèle de langage|'(?:ia|intelligence artificielle|assistant ia)),? (?:je |j')"
+    r"|como (?:un )?(?:gran )?modelo de lenguaje(?: de ia)?,? (?:yo|no (?:puedo|tengo|soy|poseo|debo))\b"
+    r"|como (?:una )?(?:ia|inteligencia artificial),? (?:yo|no (?:puedo|tengo|soy|poseo|debo))\b"
+    r"|como (?:um )?(?:grande )?modelo de linguagem,? (?:eu|não (?:posso|tenho|sou|possuo|devo))\b"
+    r"|come (?:modello linguistico|ia|intelligenza artificiale),? (?:io|non (?:posso|ho|sono))\b"
+    r"|(?:я )?как (?:языковая модель|искусственный интеллект|ии-модель),? (?:я|не)\b"
+    r"|作为(?:一个|一名|一款)?(?:人工智能|ai|大?语言模型)(?:语言模型|助手|模型)?[，, ]*我"
+    r"|(?:私は)?(?:ai|(?:ai|大規模)?言語モデル|aiアシスタント)として[、,]?(?:私|個人的|お答え)"
+)
+_END = r"(?=\s*(?:[.,!;:。，！]|$|(?:as|because|since)\b))"
+_CANNOT = r"(?:i (?:can(?:no|')t|won't|will not|am (?:not able|unable) to|must decline to)|i'm (?:not able|unable) to) "
 _REFUSAL = re.compile(
-    r"^\W*(?:(?:i'm|i am|we're) (?:very |so )?(?:sorry|afraid)|sorry|i apologi[sz]e|unfortunately|my apologies)?"
-    r"[\s,.!;:-]*(?:but )?(?:that )?"
-    r"(?:i (?:can(?:no|')t|am (?:not able|unable) to|'m (?:not able|unable) to|won't|will not|must decline to) "
-    r"(?:assist|help(?! (?:but|feeling|myself|it|loving))|fulfil|comply|"
-    r"provide|answer|do that|engage|create|generate|discuss|share))"
-    r"|^\W*(?:es tut mir leid|tut mir leid|leider)[\s,.]*(?:aber )?(?:dabei |das )?kann ich .{0,40}nicht"
-    r"|^\W*(?:je suis désolée?|désolée?)[\s,.]*(?:mais )?je ne (?:peux|suis) pas"
-    r"|^\W*(?:lo siento|lo lamento)[\s,.]*(?:pero )?no puedo"
-    r"|^\W*(?:desculpe|sinto muito|lamento)[\s,.]*(?:mas )?não posso"
-    r"|^\W*mi dispiace[\s,.]*(?:ma )?non posso|^\W*(?:извините|к сожалению)[\s,.]*(?:но )?я не могу"
-    r"|^\W*(?:很)?(?:抱歉|对不起)[\s,，。]*(?:但)?我(?:不能|无法)|^\W*申し訳(?:ありません|ございません)"
+    rf"{_WELL}(?:{_SORRY})?{_CANNOT}(?:(?:assist|help)(?: you)? with (?:that|this|your|such)"
+    r"(?: (?:kind|type|sort) of)?(?: (?:requests?|task|topic|content|activity))?"
+    rf"|(?:fulfill?|comply with) (?:that|this|your|such(?: an?)?) requests?){_END}"
+    rf"|{_WELL}{_SORRY}{_CANNOT}answer (?:that|this|your) (?:question|request){_END}"
+    r"|(?:(?:es )?tut mir (?:sehr )?leid|leider)[\s,.]*(?:aber )?"
+    r"(?:(?:dabei|damit) kann ich (?:dir |ihnen |euch )?(?:leider )?"
+    r"|(?:ich kann|kann ich) (?:dir |ihnen |euch )?(?:dabei|damit|bei (?:dieser|ihrer|deiner) anfrage) (?:leider )?)"
+    rf"nicht (?:weiter)?(?:helfen|behilflich sein|dienen){_END}"
+    r"|(?:je suis )?désolée?[\s,.]*(?:mais )?je ne (?:peux|suis) pas (?:en mesure de |capable de )?"
+    r"(?:(?:vous |t')?aider (?:avec|pour|à) (?:cela|ça|cette (?:demande|requête))"
+    rf"|répondre(?: à (?:cela|ça|(?:cette|votre|ta) (?:demande|question|requête)))?){_END}"
+    r"|(?:lo siento|lo lamento)[\s,.]*(?:pero )?no puedo "
+    r"(?:ayudar(?:te|le|lo|la)? con (?:eso|esto|(?:esa|esta|tu|su) (?:solicitud|petición))"
+    rf"|(?:cumplir|responder)(?: con| a)? (?:esa|esta|tu|su) (?:solicitud|petición|pregunta)){_END}"
+    r"|(?:desculpe|sinto muito|lamento)[\s,.]*(?:mas )?não posso (?:(?:te )?ajudar(?:-lo|-la|-te)? com "
+    r"(?:isso|isto|(?:esse|este|seu) pedido|(?:essa|esta|sua) solicitação)"
+    rf"|(?:atender|responder) a (?:ess|est)[ea] (?:pedido|pergunta|solicitação)){_END}"
+    r"|mi dispiace[\s,.]*(?:ma )?non posso "
+    r"(?:aiutar(?:ti|la|vi|e) con (?:questo|ciò|(?:questa|la tua|la sua) richiesta)"
+    rf"|(?:soddisfare|rispondere a) (?:questa|la tua|la sua) (?:richiesta|domanda)){_END}"
+    r"|(?:извините|простите|к сожалению)[\s,.]*(?:но )?я не могу (?:(?:вам |тебе )?(?:помочь (?:вам |тебе )?"
+    r"(?:с этим|в этом)(?: запросом)?|выполнить (?:этот|ваш|твой) запрос"
+    rf"|ответить(?: на (?:этот|ваш) (?:вопрос|запрос))?)){_END}"
+    r"|(?:很|非常)?(?:抱歉|对不起)[\s,，。]*(?:但)?(?:是)?我(?:不能|无法)"
+    r"(?:协助|帮助|满足|提供|回答|完成)(?:你|您)?(?:的)?"
+    rf"(?:这个|该|此|这样的)?(?:请求|要求|问题|帮助|协助){_END}"
+    r"|申し訳(?:ありません|ございません)が[、,]?(?:その|この|そのような)?(?:ご要望|ご依頼|リクエスト|要求|ご?質問)に?は?"
+    r"(?:お?応え|お?答え|対応)(?:することが)?(?:でき|いたしかね)"
 )
 
 
 def refusal(answer: str) -> str | None:
-    """The words with which an answer refuses or speaks of itself as a model, or None (first 600 characters)."""
-    folded = answer[:600].casefold().replace("’", "'")
-    found = _REFUSAL.search(folded) or _BOILERPLATE.search(folded)
+    """The words with which an answer begins by refusing or by speaking of itself as a model, or None.
+
+    An answer inside quotes, about such models, or that turns down one thing ("I can't come on Friday") is none.
+    """
+    folded = answer[:600].casefold().replace("’", "'").lstrip()
+    found = _REFUSAL.match(folded) or _BOILERPLATE.match(folded)
     return found.group().strip() if found else None
 
 
@@ -149,12 +180,21 @@ def cut_off(text: str) -> str | None:
     return None if len(last) < 30 or listed else "its last sentence is not finished"
 
 
-_EMPTY = re.compile(r"(?:[\s.…_*–—]|--)*|\W*(?:n/a|nan|null|tbd|todo)\W*", re.I)
+_PLACEHOLDER = re.compile(r"(?:[\s.…_*–—]|--)*|\W*(?:n/a|nan|null|tbd|todo)\W*", re.I)
+_BLANK = re.compile(
+    "[\\s\x00-\x1f\x7f-\x9f\u00ad\u115f\u1160\u200b-\u200f\u2028-\u202e\u2060-\u2069\u2800\u3164\ufeff\uffa0]*"
+)
 
 
 def empty(text: str) -> str | None:
-    """A placeholder ("...", "n/a", "nan", "TBD") that stands where text should, or None."""
-    return repr(text.strip()[:20]) if len(text) < 40 and _EMPTY.fullmatch(text) else None
+    """The characters of a text that shows nothing: white space, and others without ink; or None."""
+    return repr(text[:20]) if _BLANK.fullmatch(text) else None
+
+
+def placeholder(text: str) -> str | None:
+    """What may stand for a text that is missing ("...", "n/a", "nan", "TBD"), or None; it can be a right answer."""
+    short = len(text) < 40 and not empty(text)
+    return repr(text.strip()[:20]) if short and _PLACEHOLDER.fullmatch(text) else None
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")

@@ -1,6 +1,7 @@
 """The rows of any source, one by one: a file, starter data or `task:NAME`, each with the fields it was read from."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -10,7 +11,7 @@ from graft import assets
 from graft.data import formats, tasks
 from graft.data.formats import AnyRow
 from graft.errors import DataError, nearest
-from graft.reading.faults import BadRow, Faults
+from graft.reading.faults import BadRow, Fault, Faults
 from graft.reading.files import Record, iterate_records
 from graft.reading.lines import lines_of, suffix_of
 
@@ -30,8 +31,8 @@ class Item:
     """What the file has; empty for rows of a task."""
     row: AnyRow | None
     """The row, None where it is faulty."""
-    reason: str = ""
-    """Why it is faulty."""
+    fault: Fault | None = None
+    """Why it is faulty; the same object stands in the source's `faults`."""
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Source:
     why: str
     """By what the format was recognized."""
     items: Iterator[Item]
-    """Its rows. Those that are faulty as a line of the file stand in `faults` only."""
+    """Its rows. Those that are faulty as a piece of the file stand in `faults` only."""
     faults: Faults
     """Every faulty row so far; complete when `items` has ended."""
 
@@ -60,7 +61,7 @@ def open_source(given: str, columns: Mapping[str, str] | None = None, wanted: st
     `columns` maps field names to the file's, `wanted` names a format instead of recognizing it.
     Raises `DataError` for a source that is missing or of no known format.
     """
-    faults = Faults(1.0, keep=10_000_000)
+    faults = Faults(1.0, keep=10_000_000, whole=True)
     if tasks.is_task(given):
         made = (Item(row.place, formats.to_record(row, "messages"), row) for row in _task_rows(given))
         return Source(given, given, "messages", "dialogue", "a task makes questions and answers", made, faults)
@@ -84,8 +85,7 @@ def open_source(given: str, columns: Mapping[str, str] | None = None, wanted: st
         try:
             return Item(record.place, record.fields, formats.read_row(record, recognized))
         except BadRow as bad:
-            faults.add(bad.place, bad.reason, bad.snippet)
-            return Item(record.place, record.fields, None, bad.reason)
+            return Item(record.place, record.fields, None, faults.add(bad.place, bad.reason, bad.snippet))
 
     items = (read(record) for record in chain(head, records))
     return Source(given, str(path), recognized.name, recognized.unit, recognized.why, items, faults)
@@ -106,31 +106,41 @@ def share_read(given: str) -> Callable[[str], float]:
     def share(place: str) -> float:
         nonlocal told
         told += 1
-        line = place.rpartition(":")[2]
-        if total and line.isdecimal():
-            return min(1.0, int(line) / total)
+        line, number = order_of(place)
+        if total and line and not number:  # elements of one line say nothing
+            return min(1.0, line / total)
         return told / (told + 50_000)
 
     return share
 
 
-def line_of(place: str) -> int:
-    """The line or row number in `file:line`, 0 where there is none."""
-    line = place.rpartition(":")[2]
-    return int(line) if line.isdecimal() else 0
+_LINE = re.compile(r":(\d+)(?:\[(\d+)\])?$")
 
 
-def raw_lines(given: str, places: Collection[str]) -> dict[str, str]:
-    """The lines of a JSONL or table file at some places (`file:line`), as they stand there; bad bytes as \\xNN."""
-    wanted = {line_of(place): place for place in places}
+def order_of(place: str) -> tuple[int, int]:
+    """(line or row, element on that line) of a place, `file:line` or `file:line[number]`; 0 where there is none."""
+    found = _LINE.search(place)
+    return (int(found[1]), int(found[2] or 0)) if found else (0, 0)
+
+
+def raw_rows(given: str, faults: Sequence[Fault], kept: Mapping[str, str]) -> dict[str, str]:
+    """Faulty rows by place as they stand in the file: of `kept`, else the line, with bad bytes as \\xNN.
+
+    What has no line of its own, such as the cut-off end of an array, is not among them.
+    """
+    found = {fault.place: kept[fault.place] for fault in faults if fault.place in kept}
+    wanted: dict[int, list[str]] = {}
+    for fault in faults:
+        at, element = order_of(fault.place)
+        if fault.place not in found and not element:
+            wanted.setdefault(at, []).append(fault.place)
     path = Path(given).expanduser()
     if not wanted or not path.is_file() or suffix_of(path) == ".parquet":
-        return {}
-    found: dict[str, str] = {}
+        return found
     try:
         for number, line in lines_of(path):
-            if number in wanted:
-                found[wanted[number]] = line.decode("utf-8", "backslashreplace").rstrip("\r\n")
+            text = line.decode("utf-8", "backslashreplace").rstrip("\r\n") if number in wanted else ""
+            found |= dict.fromkeys(wanted.get(number, ()), text)
     except DataError:  # what ended the reading of the rows ends this as well
         pass
     return found

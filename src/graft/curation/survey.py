@@ -36,12 +36,25 @@ def on_written(test: Callable[[str], str | None]) -> Callable[[View], str | None
     return lambda view: next((found for text in view.written if (found := test(text))), None)
 
 
-def _empty(view: View) -> str | None:
-    return signs.empty(view.answer) if view.answer else signs.empty(view.prompt)
+def on_answer(test: Callable[[str], str | None]) -> Callable[[View], str | None]:
+    """A test of the answer, or of the text where there is no answer."""
+    return lambda view: test(view.answer or view.prompt)
+
+
+def _refusal(view: View) -> str | None:
+    """Of dialogues only: a text may be about assistants."""
+    return on_written(signs.refusal)(view) if view.roles else None
 
 
 SIGNS: tuple[Sign, ...] = (
-    Sign("empty", _empty, 0, "a placeholder stands where a text should", "drop these rows"),
+    Sign("empty", on_answer(signs.empty), 0, "the answer or text shows nothing", "drop these rows"),
+    Sign(
+        "placeholders",
+        on_answer(signs.placeholder),
+        0.01,
+        "the answer or text is what often stands for a missing one",
+        "look at them; `graft data clean --drop placeholders` drops them",
+    ),
     Sign(
         "mojibake",
         on_whole(signs.mojibake),
@@ -58,9 +71,9 @@ SIGNS: tuple[Sign, ...] = (
     ),
     Sign(
         "refusals",
-        on_written(signs.refusal),
+        _refusal,
         0,
-        "the answer refuses, or speaks of itself as a language model",
+        "the answer begins by refusing, or by speaking of itself as a language model",
         "drop these rows unless the model shall learn it",
     ),
     Sign(

@@ -1,10 +1,10 @@
 """Writing rows as JSONL, CSV or TSV, packed with gzip or not: whole or not at all, and the same bytes each time."""
 
-import csv
 import gzip
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,9 +66,17 @@ def write_lines(path: Path, lines: Sequence[str]) -> None:
             return
         rows = [json.loads(line) for line in lines]
         header = list(dict.fromkeys(key for row in rows for key in row))
-        writer = csv.writer(file, delimiter="\t" if kind == ".tsv" else ",", lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows([_cell(row.get(key), key, path) for key in header] for row in rows)
+        separator = "\t" if kind == ".tsv" else ","
+        file.write(_table_line(header, separator))
+        for row in rows:
+            file.write(_table_line([_cell(row.get(key), key, path) for key in header], separator))
+
+
+def _table_line(cells: Sequence[str], separator: str) -> str:
+    """A line of a table. `csv.writer` of Python 3.11 leaves a lone CR without quotes, which no reader takes."""
+    special = re.compile(f'["\r\n{separator}]')
+    quoted = ['"' + cell.replace('"', '""') + '"' if special.search(cell) else cell for cell in cells]
+    return (separator.join(quoted) or '""') + "\n"
 
 
 def _cell(value: Any, key: str, path: Path) -> str:

@@ -280,7 +280,8 @@ def _split_off(config: DataConfig, train: list[Any], given: dict[str, list[Any]]
     if not lacking:
         return {"train": train, **given}
     texts = [text_of(row) for row in train]
-    groups = group_near_equal(texts)
+    asked = [_asked(row)[0] if isinstance(row, Dialogue) else "" for row in train]  # one prompt, one part
+    groups = group_near_equal(texts, keys=asked)
     names = split_by_group(groups, {"train": 1 - sum(lacking.values()), **lacking}, texts)
     parts = {
         part: [row for row, name in zip(train, names, strict=True) if name == part] for part in ("train", *lacking)
@@ -289,7 +290,7 @@ def _split_off(config: DataConfig, train: list[Any], given: dict[str, list[Any]]
         if not rows:
             raise DataError(
                 f"{config.train}: no row is left for {part}: {len(train)} rows in {len(set(groups))} groups "
-                f"of near-equal text have to give {', '.join(parts)}",
+                f"of near-equal text or the same prompt have to give {', '.join(parts)}",
                 "add rows, or give files for " + " and ".join(lacking),
             )
     return {**parts, **given}

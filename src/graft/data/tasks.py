@@ -7,8 +7,7 @@ to one split by its own hash, so no question of one split is in another, whateve
 import importlib
 import json
 import random
-import signal
-import threading
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -20,6 +19,7 @@ from typing import Any, Literal
 
 from graft.data.dialogue import Dialogue, Message
 from graft.errors import DataError, UsageError, nearest
+from graft.limits import time_limit
 
 PREFIX = "task:"
 Split = Literal["train", "validation", "test"]
@@ -37,6 +37,8 @@ _PATIENCE = 1_000
 """Draws without a fresh question after which a generator is exhausted."""
 _LONGEST = 10_000
 """Characters of an answer beyond which it counts as wrong; the longest right ones have some 3,000."""
+_ID = re.compile(r"(?P<name>[a-z0-9_]+)-(?P<base>[0-9]{1,12})-(?P<index>[0-9]{1,9})", re.ASCII)
+"""The id of a row: task, seed and index."""
 _SECONDS = 5.0
 """Time for grading one answer."""
 
@@ -115,22 +117,57 @@ def task_dialogues(source: str, split: Split, size: int | None = None) -> list[D
 def score_task(dialogue: Dialogue, answer: str) -> float:
     """What the task's verifier gives for an answer, in [0, 1]; some give a part for a near miss.
 
-    Answers are stripped. Odd ones at which the verifier raises or takes more than 5 s count 0; time is limited in the
-    main thread only. Raises `DataError` for a row that no starter task made.
+    The question is generated again from the row's id: verifiers run parts of what they are handed as Python code, so
+    nothing that stands in a file reaches them but the answer, and no verifier of a starter task runs that. Answers are
+    stripped. Odd ones at which the verifier raises or takes more than 5 s count 0; time is limited in the main thread
+    only. Raises `DataError` for a row that no starter task made, and for one that was altered.
     """
-    entry = dialogue.fields.get("entry")
-    if dialogue.task is None or not isinstance(entry, Mapping):
-        raise DataError(f"{dialogue.place}: no starter task made this row", "score it with exact_match, say")
+    name, item = _made(dialogue)
     answer = answer.strip()
     if not answer or len(answer) > _LONGEST:
         return 0.0
-    verifier = _generator(dialogue.task, SEED)
+    verifier = _generator(name, SEED)
     try:
         with _quietly(), time_limit(_SECONDS):
-            score = float(verifier.score_answer(answer, json.loads(json.dumps(entry))))
+            score = float(verifier.score_answer(answer, json.loads(item)))
     except Exception:  # verifiers parse answers, and fail as they like at what is none
         return 0.0
     return min(1.0, max(0.0, score)) if score == score else 0.0  # not a number: 0
+
+
+def is_gradable(dialogue: Dialogue) -> bool:
+    """Whether `score_task` can grade answers to a row: it is as its starter task makes it."""
+    try:
+        _made(dialogue)
+    except DataError:
+        return False
+    return True
+
+
+def _made(dialogue: Dialogue) -> tuple[str, str]:
+    """The task of a row, and its item as JSON, generated again from the row's id; `DataError` if they are not alike."""
+    remedy = "score it with exact_match, say"
+    task = dialogue.task
+    found = _ID.fullmatch(dialogue.id)
+    if task is None or found is None or found["name"] != task:
+        raise DataError(f"{dialogue.place}: no starter task made this row: its id is not of {task or 'a task'}", remedy)
+    _check_name(task, dialogue.place)
+    base, index = int(found["base"]), int(found["index"])
+    if base % _SPAN or base > MAX_SEED * _SPAN or index >= _SPAN:
+        raise DataError(f"{dialogue.place}: no starter task made this row: {task} has no {dialogue.id}", remedy)
+    item = _again(task, base, index)
+    made = json.loads(item)
+    asked = [message.content.strip() for message in dialogue.messages if message.role != "system"]
+    if asked != [made["question"].strip(), made["answer"].strip()]:
+        raise DataError(f"{dialogue.place}: the question or answer is not the one of {dialogue.id}", remedy)
+    return task, item
+
+
+@lru_cache(maxsize=4096)
+def _again(name: str, base: int, index: int) -> str:
+    """An item as JSON. A row is graded many times in a run, and some take 0.1 s to generate."""
+    with _quietly():
+        return json.dumps(_item(_generator(name, base), name, index))
 
 
 def _draw(name: str, seed: int, split: Split, count: int) -> list[Dialogue]:
@@ -243,31 +280,3 @@ def _quietly() -> Iterator[None]:
     finally:
         random.setstate(before)
         numpy.random.set_state(arrays)
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TimeoutError` after `seconds`, and again every 0.1 s for code that catches whatever is raised.
-
-    The main thread alone is limited: only there does Python run the handlers of signals.
-    """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    over = False
-
-    def stop(*_: object) -> None:
-        if not over:
-            raise TimeoutError(f"more than {seconds:g} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
-    try:
-        try:
-            yield
-        finally:
-            over = True  # before the timer is stopped: raised between these lines, it would leave the timer running
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

@@ -11,13 +11,17 @@ _SHOWN = 60
 
 
 class BadRow(DataError):
-    """One row that cannot be used: its `place` (`file:line`), the `reason`, and a short `snippet` of it."""
+    """One row that cannot be used: its `place` (`file:line`), the `reason`, and a short `snippet` of it.
+
+    `raw` may be set to the row as it stands in the file, where that is not its line.
+    """
 
     def __init__(self, place: str, reason: str, remedy: str = "correct or remove the row", snippet: str = "") -> None:
         super().__init__(f"{place}: {reason}" + (f": {snippet}" if snippet else ""), remedy)
         self.place = place
         self.reason = reason
         self.snippet = snippet
+        self.raw = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +29,7 @@ class Fault:
     """One row that was left out."""
 
     place: str
-    """`file:line`."""
+    """`file:line`, or `file:line[number]` for the elements of a JSON array that begin on one line."""
     reason: str
     """What is wrong, in one clause."""
     snippet: str = ""
@@ -38,23 +42,31 @@ class Faults:
     Raises `DataError` for a share outside 0 to 1.
     """
 
-    def __init__(self, share: float, keep: int = 100_000) -> None:
+    def __init__(self, share: float, keep: int = 100_000, whole: bool = False) -> None:
         if not 0 <= share <= 1:
             raise DataError(f"the share of bad rows is {share}, allowed are 0 to 1", "0 allows none")
         self.share = share
         """The largest share of bad rows that `check` lets pass."""
         self.keep = keep
         """The most faults that are kept in memory; `count` goes on."""
+        self.whole = whole
+        """Whether `raw` is kept."""
+        self.raw: dict[str, str] = {}
+        """The row as it stands in the file, by place, where that is not its line."""
         self.rows: list[Fault] = []
         """The faults in the order they were found, `keep` at most."""
         self.count = 0
         """How many there are, whether kept or not."""
 
-    def add(self, place: str, reason: str, snippet: str = "") -> None:
-        """Take down one bad row."""
+    def add(self, place: str, reason: str, snippet: str = "", raw: str = "") -> Fault:
+        """Take down one bad row; what is taken down."""
+        fault = Fault(place, reason, snippet)
         self.count += 1
         if len(self.rows) < self.keep:
-            self.rows.append(Fault(place, reason, snippet))
+            self.rows.append(fault)
+            if self.whole and raw:
+                self.raw[place] = raw
+        return fault
 
     def check(self, path: Path, total_rows: int) -> None:
         """Raise `DataError` when more than `share` of all rows of the file, good and bad ones, are bad."""
@@ -76,7 +88,7 @@ def settle(faults: Faults | None, bad: BadRow) -> None:
     """Take down a bad row, or raise it where none is allowed."""
     if faults is None:
         raise bad
-    faults.add(bad.place, bad.reason, bad.snippet)
+    faults.add(bad.place, bad.reason, bad.snippet, bad.raw)
 
 
 def snippet_of(text: str, at: int = 0) -> str:

@@ -23,7 +23,8 @@ __all__ = ["MAX_LINE", "SUFFIXES", "BadRow", "Fault", "Faults", "Record", "itera
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The fields of one row and its place, `file:line`."""
+    """The fields of one row and its place: `file:line`, or `file:line[number]` where several elements of a JSON array
+    begin on the line, with the number of the element in the file, from 1. No two rows of a file have one place."""
 
     fields: dict[str, Any]
     place: str
@@ -75,7 +76,7 @@ def _records(path: Path, faults: Faults | None) -> Iterator[Record]:
         yield Record(fields, f"{path}:{number}")
 
 
-def _rows(path: Path, faults: Faults | None) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(path: Path, faults: Faults | None) -> Iterator[tuple[int | str, dict[str, Any]]]:
     suffix = suffix_of(path)
     if suffix == ".parquet":
         return parquet_rows(path, faults)

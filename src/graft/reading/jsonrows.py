@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,44 +119,65 @@ def jsonl_rows(
         yield number, fields
 
 
+@dataclass(frozen=True, slots=True)
+class _Spot:
+    """Where an element of an array begins."""
+
+    line: int
+    number: int
+    """Of the element in the file, from 1."""
+    beside: bool
+    """Whether the element before begins on the same line."""
+
+    def name(self, followed: bool = False) -> str:
+        """`line`, or `line[number]` where another element begins on it, before this one or after (`followed`)."""
+        return f"{self.line}[{self.number}]" if self.beside or followed else str(self.line)
+
+
 def array_rows(
     path: Path, lines: Iterator[tuple[int, bytes]], faults: Faults | None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, fields) of every object of an array; what follows a fault is read if the fault's end is certain."""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(line, fields) of every object of an array; what follows a fault is read if the fault's end is certain.
+
+    Where several elements begin on one line, each has its number behind the line: `1[3]`.
+    """
     text, line = _whole(path, lines)
     position, wanted = text.index("[") + 1, "]"
+    number, before = 0, 0
     while True:
         start = _skip(text, position)
         line += text.count("\n", position, start)
         if text.startswith("]", start) and wanted != "value":
             break
+        spot = _Spot(line, number + 1, line == before)
         if wanted == ",":
             if not text.startswith(",", start):
                 cut = start >= len(text)
                 what = "the JSON array is cut off" if cut else "a comma is missing"
-                bad = BadRow(f"{path}:{line}", what, f"correct the file; {AS_JSONL}", snippet_of(text, start))
-                settle(faults if cut else None, bad)
+                place, remedy = f"{path}:{spot.name()}", f"correct the file; {AS_JSONL}"
+                settle(faults if cut else None, BadRow(place, what, remedy, snippet_of(text, start)))
                 return
             position, wanted = start + 1, "value"
             continue
-        fields, end = _element(path, text, start, line, faults)
+        fields, end = _element(path, text, start, spot, faults)
         if fields is not None:
-            yield line, fields
+            yield spot.name(_followed(text, start, end)), fields
         if end is None:
             return
+        number, before = number + 1, line
         line, wanted, position = line + text.count("\n", start, end), ",", end
     if text[start + 1 :].strip():
         raise DataError(f"{path}:{line}: text after the end of the JSON array", AS_JSONL)
 
 
 def _element(
-    path: Path, text: str, start: int, line: int, faults: Faults | None
+    path: Path, text: str, start: int, spot: _Spot, faults: Faults | None
 ) -> tuple[dict[str, Any] | None, int | None]:
     """One record of an array, None when it is bad, and the position after it, None when the file is cut off there."""
     end = None
     try:
-        value, end = _decode(path, text, start, line)
-        return _fields(path, line, value), end
+        value, end = _decode(path, text, start, spot.line)
+        return _fields(path, spot.line, value), end
     except BadRow as bad:
         cut = False
         if end is None:
@@ -165,8 +187,18 @@ def _element(
                 cut = _is_cut(error, text)
             except RecursionError:
                 pass
+        if bad.place == f"{path}:{spot.line}":  # not a line below, where what is no JSON was found
+            bad = BadRow(f"{path}:{spot.name(_followed(text, start, end))}", bad.reason, bad.remedy, bad.snippet)
+        bad.raw = text[start:end]
         settle(faults if cut or end is not None else None, bad)
         return None, end
+
+
+def _followed(text: str, start: int, end: int | None) -> bool:
+    """Whether the element from `start` to `end` has another behind it that begins on the same line."""
+    comma = _skip(text, end) if end is not None else len(text)
+    after = _skip(text, comma + 1)
+    return text.startswith(",", comma) and text[after : after + 1] not in ("", "]") and "\n" not in text[start:after]
 
 
 def _whole(path: Path, lines: Iterator[tuple[int, bytes]]) -> tuple[str, int]:

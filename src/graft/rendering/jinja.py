@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.errors import DataError, UsageError, nearest
+from graft.limits import time_limit
 
 FOLDER = Path(__file__).with_name("templates")
 """The templates that Graft brings for bases that have none."""
@@ -14,6 +15,9 @@ MAX_GROWTH = 50
 
 MAX_EXTRA = 100_000
 """Characters that a template may write whatever it was given: long system prompts stand in templates."""
+
+_SECONDS = 10.0
+"""Time for reading a template or for writing one row through it; 800 turns take 0.1 s. Loops may write nothing."""
 
 
 def template_names() -> list[str]:
@@ -60,10 +64,15 @@ class ChatTemplate:
 
         self.name, self.text, self.variables = name, text, dict(variables)
         try:
-            self._compiled: Any = _compile_jinja_template(text)
+            with time_limit(_SECONDS):  # constant parts are evaluated here
+                self._compiled: Any = _compile_jinja_template(text)
         except TemplateSyntaxError as error:
             raise UsageError(f"{name}, line {error.lineno}: {error.message}", "correct the template") from None
-        except (RecursionError, ValueError) as error:
+        except TimeoutError:
+            raise UsageError(f"{name} takes more than {_SECONDS:g} s to be read", "use another template") from None
+        except MemoryError:
+            raise UsageError(f"{name} fills the memory", "use another template") from None
+        except (RecursionError, ArithmeticError, ValueError) as error:
             raise UsageError(f"{name} is no template: {str(error)[:200]}", "correct the template") from None
 
     def write(
@@ -80,19 +89,12 @@ class ChatTemplate:
             names = ", ".join(template_names())
             raise UsageError("the tokenizer has no chat template", f"set chat_template to one of {names}, or to a file")
         limit = MAX_GROWTH * given + MAX_EXTRA
-        pieces, size = [], 0
+        variables = {"messages": messages, "tools": list(tools) or None, "documents": None} | self.variables
         try:
-            for piece in self._compiled.generate(
-                messages=messages,
-                tools=list(tools) or None,
-                documents=None,
-                add_generation_prompt=generate,
-                **self.variables,
-            ):
-                pieces.append(piece)
-                size += len(piece)
-                if size > limit:
-                    break
+            with time_limit(_SECONDS):
+                text = self._bounded(variables | {"add_generation_prompt": generate}, limit)
+        except TimeoutError:
+            raise UsageError(f"{self.name} takes more than {_SECONDS:g} s for a row", "use another template") from None
         except SecurityError as error:
             raise UsageError(f"{self.name} reaches out of its sandbox: {error}", "use another template") from None
         except MemoryError:
@@ -100,6 +102,16 @@ class ChatTemplate:
         except Exception as error:  # a template can fail in any way that Python can
             told = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
             raise DataError(f"{self.name} refuses the messages: {told}", "correct the row or the template") from None
-        if size > limit:
+        if len(text) > limit:
             raise UsageError(f"{self.name} writes more than {limit:,} characters for {given:,}", "use another template")
+        return text
+
+    def _bounded(self, variables: Mapping[str, Any], limit: int) -> str:
+        """What is written, up to the piece that exceeds `limit` characters."""
+        pieces, size = [], 0
+        for piece in self._compiled.generate(**variables):
+            pieces.append(piece)
+            size += len(piece)
+            if size > limit:
+                break
         return "".join(pieces)

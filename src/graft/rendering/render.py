@@ -6,6 +6,7 @@ template writes special tokens; one that stands in a message is encoded as plain
 """
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -96,7 +97,7 @@ class Renderer:
             if not supervised and train != "all":
                 continue
             span = written.span(number)
-            inside = [token for token, begin in enumerate(begins) if span.start <= begin < span.end]
+            inside = range(bisect_left(begins, span.start), bisect_left(begins, span.end))
             for token in inside:
                 trained[token] = supervised
             wanted += supervised
@@ -104,6 +105,12 @@ class Renderer:
                 starts.append(inside[0])
                 ended += span.ended and special[inside[-1]]
         return Rendered(ids, trained, ended, wanted, starts)
+
+    def length(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> int:
+        """How many ids `render` gives, without looking for the ends of turns. Raises `DataError`."""
+        written = self._written(messages, tools)
+        text = written.text(len(messages))
+        return len(self._encoder.encode(text, self._bounds(written, messages, text))[0])
 
     def text(self, text: str) -> list[int]:
         """Ids of plain text for pretraining, with the tokenizer's own special tokens and eos once at the end."""

@@ -42,6 +42,8 @@ class Supervised:
     """Tokens before the last supervised turn: what a model is given to answer it."""
     ended: bool
     """Whether every supervised turn has its end-of-turn token supervised."""
+    row: int
+    """Which of the dialogues it is made of, counted from 0."""
 
 
 @dataclass
@@ -197,14 +199,18 @@ def _example(
             return renderer.pair("".join(message.content for message in messages[:-1]), messages[-1].content)
         return renderer.render(messages, dialogue.tools, train)
 
-    reason = ""
-    whole = fitted = _NOTHING
+    def length(messages: Sequence[Message]) -> int:
+        plain = dialogue.plain and not renderer.template
+        return len(render(messages).ids) if plain else renderer.length(messages, dialogue.tools)
+
+    reason, before = "", 0
+    fitted = _NOTHING
     try:
         if _answers(dialogue.messages, train):
-            whole = render(dialogue.messages)
-            fitted = _fit(dialogue.messages, render, whole, max_length)
-            report.lengths.append(len(whole.ids))
-            reason = "" if any(whole.trained) else UNTRAINED
+            before = length(dialogue.messages)
+            fitted = _fit(dialogue.messages, render, length, before, max_length)
+            report.lengths.append(before)
+            reason = "" if _learns(dialogue.messages, train) else UNTRAINED
         else:
             reason = NO_ANSWER
     except DataError as error:
@@ -216,11 +222,19 @@ def _example(
     if reason:
         report.lost.setdefault(reason, []).append(dialogue.place)
         return None
-    cut = len(whole.ids) - len(fitted.ids)
+    cut = before - len(fitted.ids)
     ended = fitted.ended == fitted.turns
     report.keep(dialogue, sum(fitted.trained), cut, ended)
     ids, trained = array("i", fitted.ids), bytearray(fitted.trained)
-    return Supervised(ids, trained, dialogue.place, dialogue.id, cut, fitted.starts[-1], ended)
+    return Supervised(ids, trained, dialogue.place, dialogue.id, cut, fitted.starts[-1], ended, report.rows - 1)
+
+
+def _learns(messages: Sequence[Message], train: Train) -> bool:
+    """Whether any turn is to be learned from."""
+    spoken = [message for message in messages if message.role == "assistant"]
+    unmarked = spoken if train == "assistant" else spoken[-1:]
+    marks = [message.train or (message.train is None and message in unmarked) for message in spoken]
+    return train == "all" or any(marks)
 
 
 def _answers(messages: Sequence[Message], train: Train) -> bool:
@@ -232,45 +246,47 @@ def _answers(messages: Sequence[Message], train: Train) -> bool:
 
 
 def _fit(
-    messages: Sequence[Message], render: Callable[[Sequence[Message]], Rendered], whole: Rendered, limit: int
+    messages: Sequence[Message],
+    render: Callable[[Sequence[Message]], Rendered],
+    length: Callable[[Sequence[Message]], int],
+    whole: int,
+    limit: int,
 ) -> Rendered:
-    """The rendering with the least removed that has at most `limit` tokens, or the shortest one there can be."""
-    if len(whole.ids) <= limit:
-        return whole
+    """The rendering with the least removed that has at most `limit` tokens, or the shortest one there can be.
+
+    What is removed is found by `length`, which takes less time than `render`. `whole` is the length of all messages.
+    """
     questions = [number for number, message in enumerate(messages) if message.role == "user"]
-    if not questions:
-        return whole
-    head = tuple(messages[: questions[0]])
+    if whole <= limit or not questions:
+        return render(messages)
+    head, last = tuple(messages[: questions[0]]), questions[-1]
 
-    def later(dropped: int) -> Rendered:
-        return render([*head, *messages[questions[dropped] :]])
+    def later(dropped: int) -> Sequence[Message]:
+        return [*head, *messages[questions[dropped] :]]
 
-    last = questions[-1]
-    alone = later(len(questions) - 1)
-    if len(alone.ids) <= limit:
-        return _least(0, len(questions) - 1, later, limit, alone)
-    question = messages[last]
-    length = len(question.content)
+    if length(later(len(questions) - 1)) <= limit:
+        kept = _most(1, len(questions), lambda number: length(later(len(questions) - number)) <= limit)
+        return render(later(len(questions) - kept))
+    content = messages[last].content
 
-    def shortened(start: int) -> Rendered:
-        return render([*head, replace(question, content=question.content[start:]), *messages[last + 1 :]])
+    def shortened(kept: int) -> Sequence[Message]:
+        return [*head, replace(messages[last], content=content[len(content) - kept :]), *messages[last + 1 :]]
 
-    shortest = shortened(length - 1)
-    if length < 2 or len(shortest.ids) > limit:
-        return shortest
-    kept = min(length - 1, 2 * limit)  # rendering is tried near the length that fits, not on the whole of a book
-    while kept < length and len(shortened(length - kept).ids) <= limit:
-        kept *= 2
-    return _least(max(0, length - kept), length - 1, shortened, limit, shortest)
+    if len(content) < 2 or length(shortened(1)) > limit:
+        return render(shortened(1))
+    return render(shortened(_most(1, len(content), lambda kept: length(shortened(kept)) <= limit)))
 
 
-def _least(low: int, high: int, render: Callable[[int], Rendered], limit: int, best: Rendered) -> Rendered:
-    """The rendering of the smallest number above `low` that fits, found by halving; `best` is that of `high`."""
+def _most(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """The largest number below `high` that fits, as `low` does. From `low` upwards: small ones are tried faster."""
+    step = 1
+    while low + step < high and fits(low + step):
+        low, step = low + step, step * 2
+    high = min(high, low + step)
     while high - low > 1:
         middle = (low + high) // 2
-        tried = render(middle)
-        if len(tried.ids) <= limit:
-            high, best = middle, tried
-        else:
+        if fits(middle):
             low = middle
-    return best
+        else:
+            high = middle
+    return low
