@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, WithJsonSchema, field_validator
 from torch import Tensor
 
 from graft.config import Config, classes_in, read_choice
@@ -14,6 +14,10 @@ from graft.methods.folder import copy_tensors
 from graft.model import Base, family_of
 from graft.parts.base import Adapter, Part
 from graft.sites import Site
+
+
+_NAMES = {"anyOf": [{"type": "array", "items": {"type": "string"}, "minItems": 1}, {"type": "string"}, {"type": "null"}]}
+"""A list of names, or one name without a list."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Method(Config):
     learning_rate: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     """Peak learning rate; when left out, this method's own default for the size of the base."""
 
-    target_modules: list[str] | None = Field(default=None, min_length=1)
+    target_modules: Annotated[list[str] | None, WithJsonSchema(_NAMES)] = Field(default=None, min_length=1)
     """Sites by role (attn.q, mlp.down, attention), by name (layers.3.attn.q), by PEFT's module names
     (q_proj, query), or all-linear.
     """
