@@ -15,8 +15,9 @@ from graft.model import Base, family_of
 from graft.parts.base import Adapter, Part
 from graft.sites import Site
 
-
-_NAMES = {"anyOf": [{"type": "array", "items": {"type": "string"}, "minItems": 1}, {"type": "string"}, {"type": "null"}]}
+_NAMES: dict[str, Any] = {
+    "anyOf": [{"type": "array", "items": {"type": "string"}, "minItems": 1}, {"type": "string"}, {"type": "null"}]
+}
 """A list of names, or one name without a list."""
 
 
