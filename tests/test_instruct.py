@@ -373,7 +373,7 @@ def test_a_template_that_is_not_known_is_refused_with_the_recipe(place):
         tiny_chat.recipe(place, objective={"name": "instruct", "chat_template": "llamma3"})
 
 
-# Found by a review --------------------------------------------------------------------------------
+# Hard rows ----------------------------------------------------------------------------------------
 
 
 def test_rows_of_an_array_on_one_line_are_graded_each_by_its_own_answer(done, place, tmp_path):
