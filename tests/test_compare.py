@@ -132,8 +132,8 @@ def test_files_of_a_comparison(compared):
 def test_keys_of_a_comparison(compared):
     comparison = compared.comparison
     assert set(comparison) == {
-        "title", "created", "command", "model", "data", "objective", "metric", "forgetting_unit", "seeds", "environment", "recipe", "rows",
-        "verdicts", "notes",
+        "title", "created", "command", "model", "data", "objective", "metric", "forgetting_unit", "seeds",
+        "environment", "recipe", "rows", "verdicts", "notes",
     }  # fmt: skip
     assert comparison["title"] == f"Fine-tuning {compared.recipe.model} on {compared.recipe.data.train}"
     assert comparison["command"] == "graft compare x.yaml"
@@ -155,7 +155,8 @@ def test_keys_of_a_row(compared):
         assert set(found) == {
             "label", "method", "status", "cause", "seeds", "quality", "quality_low", "quality_high",
             "trainable_parameters", "trainable_fraction", "peak_memory_bytes", "train_seconds", "examples_per_second",
-            "adapter_bytes", "latency_ms", "merged_latency_ms", "learning_rate", "forgetting", "transfer", "curve", "figures",
+            "adapter_bytes", "latency_ms", "merged_latency_ms", "learning_rate", "forgetting", "transfer", "curve",
+            "figures",
             "by_rank",
         }  # fmt: skip
         assert (found["status"], found["cause"]) == ("done", None)

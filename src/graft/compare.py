@@ -21,6 +21,7 @@ from graft.data.load import Splits
 from graft.errors import DamagedError, GraftError, RecipeError
 from graft.files import write_json, write_text
 from graft.methods.base import Method, check_pairs
+from graft.model import family_of
 from graft.recipe import Recipe
 from graft.report import write_report
 from graft.runfolder import RunFolder, differences
@@ -245,7 +246,7 @@ def assemble(recipe: Recipe, planned: Sequence[Trial], causes: dict[str, str], c
         "title": f"Fine-tuning {environment['model']['name']} on {recipe.data.train}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command or shlex.join(sys.argv),
-        "model": environment["model"],
+        "model": environment["model"] | {"architecture": family_of(recipe.model).kind},
         "data": _data(recipe),
         "objective": recipe.objective.name,
         "metric": recipe.objective.metric,
