@@ -221,7 +221,10 @@ def results_page() -> str:
         " and noisy: `movie-reviews` ran on one thread beside other work, and of `all-methods` two trials at a time, on one thread each,"
         " beside other work, so of their times only the order of size means something. *rate* is the learning rate, each method's own"
         " default from the sweeps in [log.md](log.md); `movie-reviews` has the defaults of an earlier sweep. Since the commit of `all-methods`, DoRA and (IA)³ keep their scales in fp32 in"
-        " bf16 runs, and DyLoRA draws its ranks from seed and step: their rows can differ a little from what the code gives now.",
+        " bf16 runs, and DyLoRA draws its ranks from seed and step: their rows can differ a little from what the code gives now."
+        " `family-methods` is of a chat model: quality is the share of its answers that are exact, forgetting the nats per token that the loss on"
+        " general texts rose by, *other data* exact match on questions of another task; its trials ran one after another beside other work, with"
+        " rates that were chosen once, but for LoRA's two: the first is that of many recipes, and too small here.",
         "This page is written by `make docs` from `docs/results/`.",
     ]
     for path in sorted((HERE / "results").glob("*.json")):
