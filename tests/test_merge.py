@@ -228,7 +228,7 @@ def test_a_run(place, tmp_path, method):
     store.load(base, tmp_path / "m" / "head")
     rows = merging_rows(recipe)
     found = recipe.objective.evaluate(
-        base, recipe.objective.examples(rows, base, ("negative", "positive"), 24), "head", 16
+        base, recipe.objective.examples(rows, base.tokenizer, ("negative", "positive"), 24), "head", 16
     )
     assert found.loss == pytest.approx(expected["loss"], abs=1e-5)
     assert found.quality == expected["quality"]
