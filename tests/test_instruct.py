@@ -193,6 +193,10 @@ def test_bad_rows_are_skipped_up_to_a_share_and_listed(place, tmp_path):
     assert "1 of 31 rows of train.jsonl cannot be read and are left out" in said
     skipped = read_lines(tmp_path / "run" / "skipped.jsonl")
     assert [row["place"].rpartition(":")[2] for row in skipped] == ["31"]
+    untouched = plan(place, tmp_path, rows, skip_bad_rows=0.05) | {"method": None}
+    execute(Recipe.parse(untouched), tmp_path / "base")
+    assert read_lines(tmp_path / "base" / "skipped.jsonl") == skipped
+    assert "1 of 31 rows of train.jsonl cannot be read" in (tmp_path / "base" / "log.txt").read_text()
     with pytest.raises(DataError, match="1 of 31 rows are bad"):
         load_splits(Recipe.parse(plan(place, tmp_path, rows, skip_bad_rows=0.01)).data, "dialogue")
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from graft.assess import assessor, by_rank, check_probes
+from graft.assess import Assessor, assessor, by_rank, check_probes
 from graft.data.load import Splits, read_rows, rows_of
 from graft.errors import DamagedError, RecipeError, UsageError
 from graft.files import write_json, write_text
@@ -119,18 +119,22 @@ def _record_environment(run: _Run, base: Base) -> None:
     write_json(run.folder.path / "env.json", {"machine": machine, "model": model, "data": data})
 
 
-def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, Any]:
-    def tell(line: str) -> None:
-        run.say(line)
-        say(line)
-
-    # Before the weights: rows that would train nothing are found in a second, a base may take minutes.
-    run.watch("reading the rows", 0.0)
+def _tell_of_data(run: _Run, tell: Callable[[str], None]) -> None:
+    """What was noticed when the data was read, and the rows that could not be."""
     for note in run.splits.notes:
         tell(note)
     if run.splits.skipped:
         lines = (json.dumps(asdict(fault), ensure_ascii=False) + "\n" for fault in run.splits.skipped)
         write_text(run.folder.path / "skipped.jsonl", "".join(lines))
+
+
+def _read_rows(run: _Run, tell: Callable[[str], None]) -> tuple[list[Any], list[Any], Assessor]:
+    """The training and validation rows as the objective reads them, and what will measure the rest.
+
+    Before the weights: rows that would train nothing are found in a second, a base may take minutes.
+    """
+    run.watch("reading the rows", 0.0)
+    _tell_of_data(run, tell)
     tokenizer = load_tokenizer(run.recipe.model)
     read = partial(run.recipe.objective.examples, tokenizer=tokenizer, labels=run.splits.labels)
     train = read(run.splits.train, max_length=run.recipe.max_length, say=tell)
@@ -144,6 +148,15 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
         lambda phase, share: run.watch(phase, _TRAINED + (1 - _TRAINED) * share),
     )
     measuring.prepare(tokenizer, run.say)
+    return train, validation, measuring
+
+
+def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, Any]:
+    def tell(line: str) -> None:
+        run.say(line)
+        say(line)
+
+    train, validation, measuring = _read_rows(run, tell)
     run.watch("loading the base", 0.0)
     base = load_for(run.recipe, run.precision, run.accelerator.device)
     _record_environment(run, base)
@@ -302,6 +315,7 @@ def _curve_point(point: Point, loss: float) -> dict[str, Any]:
 
 def _measure_base(run: _Run) -> dict[str, Any]:
     run.watch("reading the rows", 0.0)
+    _tell_of_data(run, run.say)
     measuring = assessor(run.recipe, run.splits, run.accelerator, run.watch)
     measuring.prepare(load_tokenizer(run.recipe.model), run.say)
     run.watch("loading the base", 0.0)
