@@ -60,7 +60,7 @@ def download(archive: Archive, work: Path, report: Report, offered: Path) -> Pat
             ended = process.poll() is not None
             files = _files(temporary, out)
             found = next((path for path, size in files if size == archive.size), None)
-            if found and sha256_of(found) == archive.sha256:
+            if found and _is(found, archive):
                 # For a source archive pip would go on to run its setup.py to learn its metadata.
                 # Nothing more is needed of pip: leaving the block ends it.
                 break
@@ -75,9 +75,17 @@ def download(archive: Archive, work: Path, report: Report, offered: Path) -> Pat
     if not found.exists():
         # While it was hashed (0.3 s for 93 MB) pip had copied it to its destination and removed its own.
         found = out / found.name
-        if not found.is_file() or sha256_of(found) != archive.sha256:
+        if not _is(found, archive):
             raise _failure(archive, log, offered)
     return found
+
+
+def _is(path: Path, archive: Archive) -> bool:
+    """Whether the file is the archive; one that pip has just removed is not."""
+    try:
+        return sha256_of(path) == archive.sha256
+    except FileNotFoundError:
+        return False
 
 
 def _files(temporary: Path, out: Path) -> list[tuple[Path, int]]:
