@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from graft.data.load import DataConfig
+from graft.engine.settings import Engine
 from graft.families import FAMILIES
 from graft.methods.base import methods
 from graft.methods.table import served_by
@@ -51,6 +52,9 @@ def recipe_page() -> str:
         settings(DataConfig),
         "## training",
         settings(Training),
+        "## engine",
+        inspect.getdoc(Engine) or "",
+        settings(Engine),
     ]
     for name, objective in objectives().items():
         parts += [f"## objective: {name}", inspect.getdoc(objective) or "", settings(objective)]

@@ -138,12 +138,15 @@ class Base:
         # trains would run again for nothing.
         self.model.disable_input_require_grads()
 
-    def hidden(self, batch: Mapping[str, Tensor]) -> Hidden:
+    def hidden(self, batch: Mapping[str, Tensor], causal_parts: bool = False) -> Hidden:
         """Hidden states of the current route for `input_ids` [B, S] and `attention_mask` [B, S].
 
         Packed rows bring `position_ids` [B, S] and a mask [B, 1, S, S] of what each token may see. An encoder-decoder
         reads the row on both sides (the decoder shifted right, as transformers' sequence classifiers do) and gives the
         decoder's states.
+
+        `causal_parts` promises that no attached part lets a token see later ones. A decoder is then called without a
+        mask for rows that are padded on the right: no token sees what is behind it.
         """
         mask = batch["attention_mask"]
         inputs = {
@@ -156,6 +159,8 @@ class Base:
         if "position_ids" not in inputs and bool((mask[:, 0] == 0).any()):
             # Left padding: transformers counts positions from the pad, so a row's result would depend on its batch.
             inputs["position_ids"] = self.position_ids(mask)
+        elif causal_parts and self.family.kind == "decoder" and mask.dim() == 2:
+            del inputs["attention_mask"]
         if self.family.kind == "decoder":
             inputs["use_cache"] = False  # type: ignore[assignment]
             inputs.pop("token_type_ids", None)  # GPT-2 would add word embeddings for them

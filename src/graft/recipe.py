@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, mo
 
 from graft.config import Config, override, parse_yaml, read_yaml
 from graft.data.load import DataConfig
+from graft.engine.settings import Engine
 from graft.errors import RecipeError
 from graft.methods.base import Method, methods, read_method
 from graft.objectives.base import Objective, objectives, read_objective
@@ -88,6 +89,9 @@ class Recipe(Config):
     training: Training = Field(default_factory=Training)
     """How to train; the learning rate belongs to the method."""
 
+    engine: Engine = Field(default_factory=Engine)
+    """What makes a run fast; each piece can be switched off."""
+
     seed: int = Field(default=1, ge=0, lt=2**32)
     """Decides everything drawn at random: starting values, order of rows, dropout."""
 
@@ -114,7 +118,7 @@ class Recipe(Config):
     @classmethod
     def sections(cls, values: Mapping[str, Any]) -> dict[str, type[Config]]:
         """The sections in which a bare `key=value` is looked up, for these values."""
-        found: dict[str, type[Config]] = {"data": DataConfig, "training": Training}
+        found: dict[str, type[Config]] = {"data": DataConfig, "training": Training, "engine": Engine}
         for section, known in (("method", methods()), ("objective", objectives())):
             default = cls.default_names[section]
             given = values.get(section) or default

@@ -15,6 +15,7 @@ from accelerate.utils import set_seed
 
 from graft.assess import Assessor, assessor, by_rank, check_probes
 from graft.data.load import Splits, read_rows, rows_of
+from graft.engine import runtime
 from graft.errors import DamagedError, RecipeError, UsageError
 from graft.files import write_json, write_text
 from graft.measure import PeakMemory, environment
@@ -23,6 +24,7 @@ from graft.methods.base import Method, check_pairs
 from graft.model import Base, load_base, load_tokenizer
 from graft.objectives.base import Example
 from graft.parts.attach import attach, detach
+from graft.parts.attention import choose_kernels
 from graft.parts.base import Adapter
 from graft.recipe import Recipe
 from graft.runfolder import RunFolder, find_run
@@ -98,6 +100,8 @@ def execute(
 
 
 def _prepare(recipe: Recipe) -> tuple[Accelerator, Precision]:
+    if recipe.engine.keep_memory:
+        runtime.keep_freed_memory()
     set_seed(recipe.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = choose(recipe.training.precision, device)
@@ -109,6 +113,8 @@ def load_for(recipe: Recipe, precision: Precision, device: torch.device) -> Base
     in_place = recipe.method is not None and recipe.method.in_place
     base = load_base(recipe.model, dtype=torch.float32 if in_place else precision.dtype)
     base.model.to(device)  # type: ignore[arg-type]
+    if recipe.engine.attention == "auto":
+        choose_kernels(base)
     return base
 
 
@@ -182,6 +188,8 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
         checkpoints=run.folder.path / "checkpoints",
         record=record,
         progress=lambda phase, step, total: run.watch(f"{phase}, step {step} of {total}", _TRAINED * step / total),
+        engine=run.recipe.engine,
+        say=run.say,
     )
     fitted = trainer.fit(train, validation)
     peak = memory.bytes()

@@ -11,6 +11,7 @@ import typer
 
 from graft import __version__
 from graft.cli import chat, data, look, runs
+from graft.engine.runtime import prepare_environment
 from graft.errors import GraftError
 from graft.limits import is_memory
 
@@ -59,10 +60,7 @@ def main() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads that wait for each other by spinning starve on a shared machine: beside other processes on two cores,
-    # 20 steps of full fine-tuning took 60 s and more, against 7 to 12 s when they sleep. PyTorch reads it when loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    prepare_environment()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # not every locale has "●"
     try:

@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from graft.data.batch import evaluation_batches, pad
+from graft.engine.loss import chunked_loss
 from graft.errors import UsageError
 from graft.families import Family
 from graft.model import Base
 from graft.objectives.base import Loss, Objective, Report
 from graft.parts.attach import hidden_states
+from graft.parts.attention import FAST, NAME
 from graft.parts.base import Adapter
 from graft.routing import Entry, Route
 
@@ -88,7 +90,7 @@ class Causal(Objective):
         """Cross-entropy summed over the trained tokens."""
         batch, targets = packed(base, examples) if self.packing else collate(base, examples)
         states = hidden_states(base, batch, route).last
-        return Loss(token_losses(base, states, targets, route).sum(), self.weight(examples))
+        return Loss(summed_loss(base, states, targets, route), self.weight(examples))
 
 
 def collate(base: Base, examples: Sequence[Supervised]) -> tuple[dict[str, Tensor], Tensor]:
@@ -158,7 +160,7 @@ def _refuse_packing(base: Base, adapter: Adapter) -> None:
             "leave packing out",
         )
     kind = base.config._attn_implementation
-    if kind not in ("sdpa", "graft"):
+    if kind not in ("sdpa", NAME, FAST):
         raise UsageError(
             f"packing: {base.name} computes attention with {kind!r}, which does not read a mask of truth values",
             "leave packing out, or set attn_implementation to sdpa in its config.json",
@@ -169,6 +171,18 @@ def _refuse_packing(base: Base, adapter: Adapter) -> None:
             f"packing: {base.name} attends within a window of {window} tokens, which packed rows would not keep",
             "leave packing out",
         )
+
+
+def summed_loss(base: Base, states: Tensor, targets: Tensor, route: Entry | Route) -> Tensor:
+    """The sum of `token_losses`, in chunks where nothing trains at the head and all rows go one way."""
+    head = base.select("head")[0].leave
+    route = route if isinstance(route, Route) else Route.all(route)
+    if route.size is not None or any(parameter.requires_grad for parameter in head.parameters()):
+        return token_losses(base, states, targets, route).sum()
+    known = targets != -100
+    words = int(base.config.vocab_size)
+    with base.route(route):
+        return chunked_loss(states[known], targets[known], lambda part: base.logits(part[None])[0], words)
 
 
 def token_losses(base: Base, states: Tensor, targets: Tensor, route: Entry | Route) -> Tensor:

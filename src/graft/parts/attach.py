@@ -288,13 +288,14 @@ def hidden_states(base: Base, batch: dict[str, Tensor], entry: Entry | Route) ->
     """
     route = entry if isinstance(entry, Route) else Route.all(entry)
     trained, still = _split(base, route)
+    causal = not any(part.cuts_rows for name in route.names() for _, part in adapter_of(base, name).placed)
     if not (trained and still and torch.is_grad_enabled()):
         with base.route(route):
-            return base.hidden(batch)
+            return base.hidden(batch, causal)
     with base.route(route.select(trained)):
-        first = base.hidden({key: value[trained] for key, value in batch.items()})
+        first = base.hidden({key: value[trained] for key, value in batch.items()}, causal)
     with base.route(route.select(still)), torch.no_grad():
-        second = base.hidden({key: value[still] for key, value in batch.items()})
+        second = base.hidden({key: value[still] for key, value in batch.items()}, causal)
     order = torch.tensor([*trained, *still], device=first.last.device).argsort()
     pooled = None
     if first.pooled is not None and second.pooled is not None:

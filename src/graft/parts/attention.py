@@ -1,7 +1,8 @@
 """Parts at the softmax core, through the attention registry of transformers.
 
-While at least one attending part is attached, the model's attention implementation is `graft`: PyTorch's scaled
-dot product attention for plain rows, exactly as `sdpa` calls it, and the parts' `attend` for their own rows.
+While at least one attending part is attached, the model's attention implementation is `graft`: the parts' `attend` for
+their own rows, and for plain rows PyTorch's scaled dot product attention, exactly as `sdpa` calls it. `graft_fast` is
+the same with kernels of the engine's choice.
 """
 
 from typing import Any
@@ -13,13 +14,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from graft.engine.attention import dense_attention, is_faster
 from graft.errors import ModelError
 from graft.model import Base
 from graft.parts.base import Core, Part
 from graft.routing import Router, by_rows, take
 
 NAME = "graft"
+FAST = "graft_fast"
+"""The same with the engine's choice of kernels."""
 _SLOT = "_graft_attention"
+_PLAIN = ("softcap", "output_attentions", "cache")
+"""Options of transformers' attention that only its own function knows."""
 
 
 class AttentionSlot:
@@ -38,7 +44,7 @@ def slot_at(module: nn.Module) -> AttentionSlot | None:
 
 def open_slot(base: Base, module: nn.Module, where: str) -> AttentionSlot:
     """The slot of an attention module, made when missing; the first one switches the implementation."""
-    if base.config._attn_implementation != NAME:
+    if base.config._attn_implementation not in (NAME, FAST):
         before = base.config._attn_implementation
         base.model.set_attn_implementation(NAME)
         if base.config._attn_implementation != NAME:
@@ -46,6 +52,12 @@ def open_slot(base: Base, module: nn.Module, where: str) -> AttentionSlot:
         base.model.__dict__["_graft_attention_before"] = before
     slot: AttentionSlot = module.__dict__.setdefault(_SLOT, AttentionSlot(base.router, where))
     return slot
+
+
+def choose_kernels(base: Base) -> None:
+    """Let the engine choose how attention is computed. A model that does not use `sdpa` is left as it is."""
+    if base.config._attn_implementation == "sdpa":
+        base.model.set_attn_implementation(FAST)
 
 
 def close_slots(base: Base) -> None:
@@ -80,18 +92,14 @@ def graft_attention(
         mask = None if attention_mask is None else take(attention_mask, rows)
         q, k, v = (take(tensor, rows) for tensor in (query, key, value))
         options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
-        output: Tensor = sdpa_attention_forward(module, q, k, v, mask, position_bias=bias, **options, **kwargs)[0]
-        return output
+        return _core(module, q, k, v, mask, position_bias=bias, **options, **kwargs)
 
     slot = slot_at(module)
     if slot is None:
         return sdpa(None), None
 
     def core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        output: Tensor = sdpa_attention_forward(
-            module, q, k, v, mask, dropout=dropout, scaling=scaling, is_causal=False, **kwargs
-        )[0]
-        return output
+        return _core(module, q, k, v, mask, dropout=dropout, scaling=scaling, is_causal=False, **kwargs)
 
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     mask = _explicit_mask(attention_mask, position_bias, query, key, causal)
@@ -104,6 +112,34 @@ def graft_attention(
         return call(take(query, rows), take(key, rows), take(value, rows), None if mask is None else take(mask, rows))
 
     return by_rows(slot.router, slot.parts, sdpa, attend, query.shape[0], slot), None
+
+
+def _core(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """The softmax core, with the arguments of transformers' attention functions: [B, S, heads, d]."""
+    config: Any = module.config
+    # Not a set's isdisjoint, at which compiled code would be cut in two.
+    plain = any(name in kwargs for name in _PLAIN)
+    fast = config._attn_implementation == FAST and position_bias is None and not plain
+    if fast and is_faster(query, key, value, mask):
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and mask is None
+        if not causal or query.shape[2] == key.shape[2]:
+            output = dense_attention(query, key, value, mask, causal=causal, scale=scaling, dropout=dropout)
+            return output.transpose(1, 2).contiguous()
+    options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+    result: Tensor = sdpa_attention_forward(module, query, key, value, mask, position_bias=position_bias, **options)[0]
+    return result
 
 
 def _nested(part: Part, inner: Core) -> Core:
@@ -134,5 +170,6 @@ def widen_mask(mask: Tensor | None, n: int) -> Tensor | None:
     return F.pad(mask, (n, 0), value=True if mask.dtype == torch.bool else 0.0)
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, graft_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+for _name in (NAME, FAST):
+    ALL_ATTENTION_FUNCTIONS.register(_name, graft_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

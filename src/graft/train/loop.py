@@ -5,6 +5,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,9 +18,11 @@ from torch import nn
 
 from graft.config import Config
 from graft.data.batch import training_batches
+from graft.engine.compiled import LayerCompiler
+from graft.engine.settings import Engine
 from graft.methods.base import Method, Progress, method_of
 from graft.model import Base
-from graft.objectives.base import Objective, Result
+from graft.objectives.base import Objective, Result, silent
 from graft.parts.base import Adapter
 from graft.train import checkpoint
 from graft.train.guards import MovementGuard, require_finite
@@ -150,6 +154,8 @@ class Trainer:
     checkpoints: Path | None = None
     record: Callable[[Point], None] | None = None
     progress: Watch | None = None
+    engine: Engine = field(default_factory=Engine)
+    say: Callable[[str], None] = silent
 
     @property
     def method(self) -> Method:
@@ -175,7 +181,9 @@ class Trainer:
         """
         total = self.planned_steps(len(train))
         every = self.training.eval_steps or math.ceil(total / 4)
-        optimizer = make_optimizer(self.parameters(), self.rate, self.training.weight_decay)
+        optimizer = make_optimizer(
+            self.parameters(), self.rate, self.training.weight_decay, fused=self.engine.fused_optimizer
+        )
         warmup = int(total * self.training.warmup_ratio)
         schedule = make_schedule(optimizer, total, warmup, self.training.lr_scheduler_type)
         guard = MovementGuard(self.base, self.adapter)
@@ -183,12 +191,15 @@ class Trainer:
             self.base.checkpoint_activations()
         result = Fit()
         self._training_mode(True)
+        compiler = LayerCompiler(self.base, self.engine.compile, self._compiled_key(), self.say)
+        compiler.start()
         clock = time.perf_counter()
         for rows in self._batches([len(example) for example in train], total):
             chosen = [train[row] for row in rows]
             progress = Progress(result.steps + 1, total)
             self.method.before_step(self.adapter, progress)
-            loss, norm = self._gradients(chosen)
+            smallest = len(chosen) % self.training.per_device_train_batch_size or len(chosen)
+            loss, norm = compiler.attempt(smallest, partial(self._gradients, chosen), optimizer.zero_grad)
             require_finite(loss, norm, result.steps + 1, [example.place for example in chosen])
             guard.saw_gradients()
             rate = float(schedule.get_last_lr()[0])
@@ -203,12 +214,16 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
             result.steps += 1
             result.examples += len(chosen)
-            result.seconds += time.perf_counter() - clock
+            taken = time.perf_counter() - clock
+            result.seconds += taken
             point = Point(result.steps, result.examples, loss, rate, norm, result.seconds)
             if result.steps % every == 0 or result.steps == total:
-                point = self._evaluate(validation, result, point, total)
+                with compiler.paused():
+                    point = self._evaluate(validation, result, point, total)
             self._tell(result, point, total)
+            compiler.after_step(taken, total - result.steps)
             clock = time.perf_counter()
+        compiler.stop()
         guard.check_still(result.steps)
         self._training_mode(False)
         if self.training.load_best_model_at_end and self.checkpoints and result.best_step < result.steps:
@@ -225,6 +240,11 @@ class Trainer:
             training_batches(lengths, self.rows_per_step, seed=self.seed, epoch=epoch) for epoch in itertools.count()
         )
         return itertools.islice(itertools.chain.from_iterable(epochs), total)
+
+    def _compiled_key(self) -> str:
+        """What decides the compiled code of this run: another run of the same finds its kernels on disk."""
+        given = (self.base.config.to_json_string(), self.method.name, self.method.model_dump_json(), torch.__version__)
+        return sha256("\n".join((*given, str(self.base.model.dtype))).encode()).hexdigest()[:32]
 
     def _training_mode(self, training: bool) -> None:
         self.base.model.train(training)

@@ -11,14 +11,18 @@ from torch.optim.lr_scheduler import LambdaLR
 Schedule = Literal["linear", "cosine", "constant"]
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], rate: float, weight_decay: float) -> AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101); vectors (biases, norms, scales) do not decay."""
+def make_optimizer(parameters: Iterable[nn.Parameter], rate: float, weight_decay: float, fused: bool = True) -> AdamW:
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101); vectors (biases, norms, scales) do not decay.
+
+    `fused` updates all tensors in one kernel where the device has one.
+    """
     given = list(parameters)
     groups = [
         {"params": [p for p in given if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in given if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return AdamW([group for group in groups if group["params"]], lr=rate)
+    known = all(parameter.device.type in ("cpu", "cuda") for parameter in given)
+    return AdamW([group for group in groups if group["params"]], lr=rate, fused=fused and known)
 
 
 def share_of_peak(step: int, total: int, warmup: int, schedule: Schedule) -> float:

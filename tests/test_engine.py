@@ -1,0 +1,432 @@
+"""The engine: every piece gives what training without it gives."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import bases
+import pytest
+import tiny
+import tiny_chat
+import torch
+from test_causal import DECODERS, Line, lines
+from torch.nn import functional as F
+
+from graft import hidden_states, read_method
+from graft.engine import attention, compiled, loss, runtime
+from graft.engine.attention import dense_attention, is_faster
+from graft.engine.compiled import LayerCompiler, layers_of, pays
+from graft.engine.loss import chunked_loss
+from graft.engine.settings import Engine
+from graft.objectives.base import silent
+from graft.objectives.causal import token_losses
+from graft.objectives.instruct import Instruct
+from graft.parts.attach import attach
+from graft.parts.attention import FAST, choose_kernels
+from graft.run import execute
+from graft.train.loop import Trainer, Training, make_accelerator
+from graft.train.optim import make_optimizer
+
+# Attention ----------------------------------------------------------------------------------------
+
+
+def heads(rows=3, heads=6, groups=2, queries=7, keys=7, width=8, dtype=torch.float32, seed=0):
+    """q, k, v as a model gives them: views of [rows, length, heads, width]."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = ((queries, heads), (keys, groups), (keys, groups))
+    made = [torch.randn(rows, length, count, width, generator=generator).to(dtype) for length, count in sizes]
+    return [tensor.transpose(1, 2).requires_grad_() for tensor in made]
+
+
+def masks(queries=7, keys=7, rows=3):
+    seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)[None, None].repeat(rows, 1, 1, 1)
+    seen[1, :, :, :2] = False  # padded on the left: the first query of row 1 sees nothing when queries are keys
+    seen[1, :, :2, 0] = True
+    return {"bool": seen, "additive": torch.zeros(seen.shape).masked_fill(~seen, -1e9), "one for all": seen[:1]}
+
+
+def fused(q, k, v, mask, causal):
+    repeat = q.shape[1] // k.shape[1]
+    k, v = (tensor.repeat_interleave(repeat, dim=1) for tensor in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+def with_gradients(output, inputs):
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+    return [output.detach(), *torch.autograd.grad((output * weights).sum(), inputs)]
+
+
+@pytest.mark.parametrize("kept", [128, 0])
+@pytest.mark.parametrize("groups", [6, 2, 1])
+@pytest.mark.parametrize("mask", ["causal", "none", "bool", "additive", "one for all"])
+def test_dense_attention_is_the_fused_one(mask, groups, kept, monkeypatch):
+    monkeypatch.setattr(attention, "KEPT", kept)
+    given = heads(groups=groups)
+    chosen = masks().get(mask)
+    expected = with_gradients(fused(*given, chosen, mask == "causal"), given)
+    found = with_gradients(dense_attention(*given, chosen, causal=mask == "causal"), given)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_keys_may_be_more_than_queries():
+    given = heads(queries=3, keys=9)
+    mask = masks(3, 9)["bool"]
+    expected = with_gradients(fused(*given, mask, False), given)
+    for a, b in zip(with_gradients(dense_attention(*given, mask), given), expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_a_query_that_sees_nothing_gets_numbers():
+    given = heads()
+    mask = torch.zeros(3, 1, 7, 7, dtype=torch.bool)
+    for tensor in with_gradients(dense_attention(*given, mask), given):
+        assert bool(tensor.isfinite().all())
+
+
+@pytest.mark.parametrize("length", [40, 200])
+def test_rounding_in_bf16_is_that_of_bf16(length):
+    """Against fp32, the error is at most four times the fused kernel's, which keeps scores in fp32."""
+    exact = heads(queries=length, keys=length, width=64)
+    rounded = heads(queries=length, keys=length, width=64, dtype=torch.bfloat16)
+    truth = with_gradients(fused(*exact, None, True), exact)
+    ours = with_gradients(dense_attention(*rounded, None, causal=True), rounded)
+    theirs = with_gradients(fused(*rounded, None, True), rounded)
+    for a, b, c in zip(ours, theirs, truth, strict=True):
+        assert float((a.float() - c).norm()) < 4 * float((b.float() - c).norm())
+        assert float((a.float() - c).norm()) < 0.02 * float(c.norm())
+
+
+@pytest.mark.parametrize("kept", [128, 0])
+def test_dropout_drops_and_its_gradient_knows_what(kept, monkeypatch):
+    monkeypatch.setattr(attention, "KEPT", kept)
+    q, k, v = heads(groups=6, width=4)
+    torch.manual_seed(5)
+    output = dense_attention(q, k, v, None, dropout=0.5)
+    found = with_gradients(output, (q, k, v))
+    torch.manual_seed(5)
+    keep = torch.empty(18, 7, 7, dtype=torch.bool).bernoulli_(0.5).view(3, 6, 7, 7)
+    expected = torch.softmax(q @ k.transpose(2, 3) / 2, dim=-1) * keep * 2 @ v
+    for a, b in zip(found, with_gradients(expected, (q, k, v)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert 0.3 < float(keep.float().mean()) < 0.7
+
+
+def test_where_dense_attention_is_chosen():
+    q, k, v = (tensor.detach() for tensor in heads(groups=6, dtype=torch.bfloat16))
+    assert is_faster(q, k, v, None)
+    assert not is_faster(q[:, :, :1], k, v, None)
+    assert not is_faster(q, k, v[..., :4], None)
+    assert not is_faster(q, k, v, torch.zeros(1, 6, 7, 7, requires_grad=True))
+    assert not is_faster(q.to("meta"), k.to("meta"), v.to("meta"), None)
+    long = [tensor.detach() for tensor in heads(queries=65, keys=65)]
+    assert not is_faster(*long, None)
+    assert is_faster(*(tensor.bfloat16() for tensor in long), None)
+    assert not is_faster(*(tensor.double() for tensor in long), None)
+
+
+@pytest.mark.parametrize("name", list(bases.FACTORIES))
+@pytest.mark.parametrize("method", bases.METHODS)
+def test_every_method_trains_alike_with_the_engines_attention(name, method, monkeypatch):
+    """States and gradients at every real token; decoders get no mask of what is padded behind them."""
+    if method not in bases.suited(name):
+        pytest.skip("refused")
+    results = []
+    used = []
+    original = attention.dense_attention
+    monkeypatch.setattr("graft.parts.attention.dense_attention", lambda *a, **k: used.append(1) or original(*a, **k))
+    for fast in (False, True):
+        base = bases.make(name)
+        if fast:
+            choose_kernels(base)
+        torch.manual_seed(1)
+        adapter = bases.put(base, method)
+        given = bases.batch()
+        states = hidden_states(base, given, method).last
+        real = given["attention_mask"].bool()
+        states[real].square().sum().backward()
+        gradients = [p.grad for _, p in adapter.trainable() if p.grad is not None]
+        results.append([states[real].detach(), *gradients])
+        assert (base.config._attn_implementation == FAST) == fast
+    assert len(results[0]) > 1
+    # T5's learned distances are added to its scores, by parts that attend as one mask that needs no gradient.
+    assert bool(used) or name == "t5"
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)
+
+
+def test_other_implementations_are_left_alone():
+    base = bases.make("llama")
+    base.model.set_attn_implementation("eager")
+    choose_kernels(base)
+    assert base.config._attn_implementation == "eager"
+
+
+# Loss ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at_once", [1, 1 << 24])
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_chunked_loss_is_the_plain_one(name, at_once, monkeypatch):
+    monkeypatch.setattr(loss, "AT_ONCE", at_once)
+    monkeypatch.setattr(loss, "_size", lambda words: 3 if at_once == 1 else 1000)
+    base = bases.make(name)
+    states = torch.randn(2, 9, 32, requires_grad=True)
+    targets = torch.randint(0, bases.VOCABULARY, (2, 9))
+    targets[0, :4] = -100
+    known = targets != -100
+
+    def score(part):
+        return base.logits(part[None])[0]
+
+    expected = token_losses(base, states, targets, None).sum() / 7
+    found = chunked_loss(states[known], targets[known], score, bases.VOCABULARY) / 7
+    with torch.no_grad():
+        still = chunked_loss(states[known], targets[known], score, bases.VOCABULARY) / 7
+    for value in (found, still):
+        torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)
+    gradients = [torch.autograd.grad(value, states)[0] for value in (expected, found)]
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+
+
+def test_scores_of_all_tokens_are_never_there_at_once(monkeypatch):
+    monkeypatch.setattr(loss, "AT_ONCE", 16 * bases.VOCABULARY)
+    base = bases.make("llama")
+    seen = []
+    original = base.logits
+    base.logits = lambda states: seen.append(states.shape[1]) or original(states)
+    bases.put(base, "lora")
+    row = Line(list(range(3, 60)), [0] + [1] * 56)
+    Instruct().loss(base, [row], "lora").total.backward()
+    assert seen == [16, 16, 16, 8]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_trains_at_the_head_gets_its_gradient(method):
+    base = bases.make("llama")
+    more = {"target_modules": ["attn.q", "head"]} if method == "lora" else {}
+    adapter = bases.put(base, method, **more)
+    Instruct().loss(base, lines(), method).total.backward()
+    at_head = [p.grad for name, p in adapter.trainable() if name.startswith(("head", "lm_head"))]
+    assert at_head
+    assert all(bool(gradient.any()) for gradient in at_head)
+
+
+# Compilation --------------------------------------------------------------------------------------
+
+
+def trained(name, method, engine, rows, say=silent, steps=6):
+    """Losses of a few steps, and the tensors after them."""
+    base = bases.make(name)
+    if engine.attention == "auto":
+        choose_kernels(base)
+    torch.manual_seed(1)
+    adapter = read_method({"name": method} | bases.settings(method)).build(base, "tuned")
+    attach(base, adapter)
+    points = []
+    settings = Training(
+        per_device_train_batch_size=3, num_train_epochs=9, max_steps=steps, eval_steps=99, load_best_model_at_end=False
+    )
+    trainer = Trainer(
+        base, adapter, Instruct(), settings, 1e-2, 1, make_accelerator("fp32"), None, points.append,
+        engine=engine, say=say,
+    )  # fmt: skip
+    trainer._evaluate = lambda validation, result, point, total: point
+    trainer.fit(rows, rows)
+    assert all(layer._compiled_call_impl is None for layer in layers_of(base))
+    return [point.train_loss for point in points], dict(adapter.named_tensors())
+
+
+OFF = Engine(attention="sdpa", compile=False, keep_memory=False, fused_optimizer=False)
+
+
+@pytest.fixture
+def counted(monkeypatch, tmp_path):
+    """Compile with a backend that counts its graphs; marks go to a folder of the test."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: original(self, backend=backend, **given))
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
+    torch._dynamo.reset()
+    return graphs
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "bottleneck", "prefix", "full", "ia3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_compiled_training_is_the_same_and_has_one_graph(name, method, counted):
+    """One for all lengths, on both sides of where probabilities are kept, and for the last, smaller batch."""
+    rows = [Line(list(range(3, 3 + size)), [0] + [1] * (size - 1)) for size in (9, 11, 14, 12, 10, 17, 13, 9, 15, 12)]
+    said = []
+    plain = trained(name, method, OFF, rows)
+    found = trained(name, method, Engine(compile=True), rows, said.append)
+    assert found[0] == pytest.approx(plain[0], abs=1e-4)
+    assert len(plain[0]) == 6
+    for key, tensor in plain[1].items():
+        torch.testing.assert_close(found[1][key], tensor, atol=2e-3, rtol=2e-3)
+    assert len(counted) == 1
+    assert "compiling" in said[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiled.unavailable() is not None, reason="there is no compiler")
+def test_generated_code_trains_alike(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
+    torch._dynamo.reset()
+    rows = lines(10)
+    plain = trained("llama", "lora", OFF, rows)
+    found = trained("llama", "lora", Engine(compile=True), rows)
+    assert found[0] == pytest.approx(plain[0], abs=1e-4)
+    assert len(list((tmp_path / "compiled").glob("*"))) >= 1
+
+
+def test_auto_compiles_when_the_rest_of_a_run_pays_for_it(counted, monkeypatch):
+    monkeypatch.setattr(compiled, "unavailable", lambda: None)
+    said = []
+    losses, _ = trained("llama", "lora", Engine(), lines(10), said.append, steps=8)
+    assert not counted
+    assert said == []
+    monkeypatch.setattr(compiled, "COST", {True: 0.0, False: 0.0})
+    again, _ = trained("llama", "lora", Engine(), lines(10), said.append, steps=8)
+    assert len(counted) == 1
+    assert again == pytest.approx(losses, abs=1e-4)
+    assert said[0].startswith("compiling the repeated layer: 3 steps of")
+    monkeypatch.setattr(compiled, "unavailable", lambda: "there is no C++ compiler")
+    trained("llama", "lora", Engine(), lines(10), said.append, steps=8)
+    assert len(counted) == 1
+
+
+def test_compiling_pays_by_the_time_that_is_left():
+    assert pays(1.0, 400, known=False)
+    assert not pays(1.0, 200, known=False)
+    assert pays(1.0, 100, known=True)
+    assert not pays(1.0, 50, known=True)
+
+
+def test_what_was_compiled_before_is_known(counted, tmp_path):
+    trained("llama", "lora", Engine(compile=True), lines(10))
+    marks = list((tmp_path / "compiled").iterdir())
+    assert len(marks) == 1
+    trained("llama", "lora", Engine(compile=True), lines(10))
+    assert list((tmp_path / "compiled").iterdir()) == marks
+    trained("llama", "bottleneck", Engine(compile=True), lines(10))
+    assert len(list((tmp_path / "compiled").iterdir())) == 2
+
+
+@pytest.mark.parametrize("choice", ["auto", True])
+def test_a_compiler_that_fails(choice, monkeypatch, tmp_path):
+    """auto goes on without; a recipe that asks for compiled code hears why there is none."""
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiled, "unavailable", lambda: None)
+    monkeypatch.setattr(compiled, "COST", {True: 0.0, False: 0.0})
+
+    def backend(graph, inputs):
+        raise RuntimeError("cc1plus: out of memory")
+
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: original(self, backend=backend, **given))
+    torch._dynamo.reset()
+    rows = lines(10)
+    said = []
+    plain, _ = trained("llama", "lora", OFF, rows, steps=8)
+    if choice is True:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            trained("llama", "lora", Engine(compile=choice), rows, said.append, steps=8)
+        return
+    found, _ = trained("llama", "lora", Engine(compile=choice), rows, said.append, steps=8)
+    assert found == pytest.approx(plain, abs=1e-4)
+    assert "the run goes on without" in said[1]
+
+
+def test_pausing_takes_the_compiled_layers_away_for_a_while(counted, tmp_path):
+    base = bases.make("llama")
+    compiler = LayerCompiler(base, True, "key", silent)
+    compiler.start()
+    calls = [layer._compiled_call_impl for layer in layers_of(base)]
+    assert calls
+    assert all(calls)
+    with compiler.paused():
+        assert not any(layer._compiled_call_impl for layer in layers_of(base))
+    assert [layer._compiled_call_impl for layer in layers_of(base)] == calls
+
+
+# The rest -----------------------------------------------------------------------------------------
+
+
+def test_the_fused_optimizer_takes_the_same_steps():
+    results = []
+    for fused_kernel in (False, True):
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(size)) for size in ((5, 3), (4,), (2, 2))]
+        optimizer = make_optimizer(parameters, 1e-2, 0.1, fused=fused_kernel)
+        assert optimizer.defaults["fused"] is fused_kernel
+        for step in range(20):
+            for parameter in parameters:
+                parameter.grad = torch.sin(parameter.detach() * (step + 1))
+            optimizer.step()
+        results.append([parameter.detach().clone() for parameter in parameters])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def in_a_process(code, **environment):
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "ONEDNN_"))}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True, check=True, timeout=120
+    ).stdout.split()
+
+
+def test_the_environment_is_prepared_before_torch_and_leaves_what_is_set():
+    code = (
+        "import sys, os; from graft.engine.runtime import prepare_environment; prepare_environment();"
+        "names = ('GOMP_SPINCOUNT', 'ONEDNN_PRIMITIVE_CACHE_CAPACITY');"
+        "print('torch' in sys.modules, *(os.environ.get(name) for name in names))"
+    )
+    assert in_a_process(code) == ["False", "1000", "64"]
+    assert in_a_process(code, OMP_WAIT_POLICY="ACTIVE") == ["False", "None", "64"]
+    given = {"GOMP_SPINCOUNT": "7", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "9"}
+    assert in_a_process(code, **given) == ["False", "7", "9"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+def test_freed_memory_is_kept_for_reuse():
+    """Blocks that are freed and asked for again cost no page faults."""
+    code = (
+        "import resource, sys, torch; from graft.engine.runtime import keep_freed_memory;"
+        "kept = {} and keep_freed_memory();"
+        "sums = [float(torch.ones(1 << 24).sum()) for _ in range(5)];"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt;"
+        "sums = [float(torch.ones(1 << 24).sum()) for _ in range(10)];"
+        "print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    with_it = in_a_process(code.format("True"))
+    without = in_a_process(code.format("False"))
+    if with_it[0] != "True":
+        pytest.skip("no glibc")
+    assert int(with_it[1]) < 0.5 * int(without[1])
+
+
+def test_libraries_other_than_glibc_are_left_alone(monkeypatch):
+    monkeypatch.setattr(runtime, "platform", SimpleNamespace(libc_ver=lambda: ("musl", "1.2")))
+    assert runtime.keep_freed_memory() is False
+
+
+@pytest.mark.parametrize("kind", [tiny, tiny_chat])
+def test_a_whole_run_gives_the_same_with_and_without_the_engine(kind, tmp_path):
+    data = kind.write_all(tmp_path / "data")
+    method = {"name": "lora", "learning_rate": 2e-2, "lora_dropout": 0.0}
+    reports = [
+        execute(kind.recipe(data, method=method, engine=engine.model_dump()), tmp_path / name)
+        for name, engine in (("off", OFF), ("on", Engine()))
+    ]
+    first, second = reports
+    assert first["steps"] == second["steps"] > 10
+    # Dropout of the BERT base draws other numbers in another kernel.
+    tolerance = 0.25 if kind is tiny else 2e-3
+    for a, b in zip(first["curve"], second["curve"], strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=tolerance)
