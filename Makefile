@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-chat test test-fast check docs clean help
+.PHONY: demo demo-chat bench test test-fast check docs clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -25,6 +25,11 @@ demo-chat: .venv/installed-chat ## tune a chat model on a task: clean, train, co
 	$(BIN)/graft compare recipes/demo-chat.yaml -o $(CHAT)/compare
 	$(BIN)/graft chat $(CHAT)/compare/trials/lora-*-seed1 --base --once "$(QUESTION)"
 QUESTION := Oscar is married to Ruth. They have a child called Ivy. How is Ruth related to Ivy? Answer with a single word.
+
+bench: .venv/installed-bench ## measure speed and memory beside peft, Trainer and trl: docs/benchmarks.md (40 minutes)
+	@$(BIN)/graft assets pull
+	@$(BIN)/graft assets pull smollm2-135m
+	@$(BIN)/python -m benchmarks.speed
 
 test: .venv/installed-dev check ## every check and test
 	@$(BIN)/graft assets pull
@@ -58,6 +63,11 @@ clean: ## remove .venv and caches
 .venv/installed-chat: .venv/installed
 	@echo "installing what chat models need"
 	@$(INSTALL) -e '.[chat]'
+	@touch $@
+
+.venv/installed-bench: .venv/installed
+	@echo "installing what Graft is measured beside"
+	@$(INSTALL) -e '.[bench]'
 	@touch $@
 
 .venv/installed-dev: .venv/installed

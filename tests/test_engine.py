@@ -303,7 +303,7 @@ def test_auto_compiles_when_the_rest_of_a_run_pays_for_it(counted, monkeypatch):
 
 def test_compiling_pays_by_the_time_that_is_left():
     assert pays(1.0, 400, known=False)
-    assert not pays(1.0, 200, known=False)
+    assert not pays(1.0, 150, known=False)
     assert pays(1.0, 100, known=True)
     assert not pays(1.0, 50, known=True)
 

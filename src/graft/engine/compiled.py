@@ -18,11 +18,11 @@ from graft.model import Base
 T = TypeVar("T")
 Choice = Literal["auto"] | bool
 
-GAIN = 0.2
-"""Share of a step's time that compiling saves: SmolLM2-135M with LoRA on two cores 20 %, more where rows are few."""
-COST = {True: 15.0, False: 60.0}
+GAIN = 0.17
+"""Share of a step's time that compiling saves: SmolLM2-135M with LoRA on two cores: 17 to 25 %."""
+COST = {True: 12.0, False: 30.0}
 """Seconds until compiled code is there, on two cores: when the same was compiled before, since its kernels are kept on
-disk, and when not. Measured: 9 and 48 s for SmolLM2-135M with LoRA."""
+disk, and when not. Measured: 9 and 19 s for SmolLM2-135M with LoRA."""
 _WARNINGS = (
     "The .grad attribute of a Tensor that is not a leaf",
     "<class 'torch.autograd.function.Function'> should not be instantiated",
