@@ -82,6 +82,13 @@ def test_a_failed_side_is_a_line_with_its_error() -> None:
     assert "| trl | failed: No module named 'trl' |" in text
 
 
+def test_what_compiling_took_is_told_with_the_speed_that_it_leaves() -> None:
+    compiled = [made_up_round(2.0, 2.0, compile_seconds=8.0)]
+    text = page({"sections": {"instruct": made_up_section(made_up_group(**{"graft compiled": compiled}))}})
+    assert "| graft compiled | 500 |" in text
+    assert "The 8 s of compiling, more the first time, are left out; with them 100 tokens/s" in text
+
+
 def test_the_page_is_that_of_the_stored_figures() -> None:
     stored, written = ROOT / "docs" / "results" / "benchmarks.json", ROOT / "docs" / "benchmarks.md"
     if not (stored.exists() and written.exists()):

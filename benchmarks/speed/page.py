@@ -1,5 +1,6 @@
 """docs/benchmarks.md and the tables on the screen, from the stored figures."""
 
+from statistics import median
 from typing import Any
 
 from rich.table import Table
@@ -48,9 +49,9 @@ _NOTES = """How the peers are set:
   first, comparing the logits of joined rows with those of each row alone (where rows are let see each other, these
   differ by 0.7 of their size). Packs have room for as many tokens as a batch, so that an epoch can have a step more or
   less than with batches.
-- Every side gets the same environment variables. What a program does in its own process is its own: Graft keeps freed
-  memory (`engine.keep_memory`). What the command `graft` sets before torch is loaded counts in the last two sections
-  only, which run that command."""
+- Every side is started with the same environment variables. Graft's process then does what the command `graft` does
+  before torch is loaded (`graft.engine.runtime`: `GOMP_SPINCOUNT`, oneDNN's cache of kernels) and keeps freed memory
+  (`engine.keep_memory`); the peers' processes do neither."""
 
 _TITLES = {
     "instruct": "A chat model learns from dialogues",
@@ -62,7 +63,8 @@ _TITLES = {
 
 _FORMULAS = """\
 - **tokens/s**: tokens of the rows, without padding, by the seconds of the training: from the call of `fit` or `train`
-  to its end, with whatever is compiled, prepared and checked inside it, without evaluation.
+  to its end, with whatever is compiled, prepared and checked inside it, without evaluation. Of *graft compiled* the
+  time of compiling is left out; its line below the table has the speed with it.
 - **padding**: positions that pass the embedding table beyond the rows' own tokens, as a share of all positions.
 - **ms/step**: the median time of an optimizer step, without the first three.
 - **memory**: the most the process held from just before training to its end, weights and libraries included (VmHWM,
@@ -170,10 +172,14 @@ def _sides(group: dict[str, Any]) -> str:
         said = [line for one in side["rounds"] for line in one.get("said", [])]
         if said:
             text += f". Its log says: {'; '.join(dict.fromkeys(said))}"
-        compiling = [one["compile_seconds"] for one in side["rounds"] if one.get("compile_seconds")]
+        done = [one for one in side["rounds"] if one.get("compile_seconds")]
+        compiling = [one["compile_seconds"] for one in done]
         if compiling:
             seconds = " and ".join(f"{value:.0f}" for value in compiling)
-            text += f". The {seconds} s of compiling, more the first time, are left out"
+            whole = median(one["useful_tokens"] / (one["seconds"] + one["compile_seconds"]) for one in done)
+            text += (
+                f". The {seconds} s of compiling, more the first time, are left out; with them {whole:,.0f} tokens/s"
+            )
         rounds = len(side["rounds"])
         rows = next((f", the first {one['rows']} rows" for one in side["rounds"] if side["few"] and "rows" in one), "")
         told.append(text + f" ({rounds} round{'s' * (rounds != 1)}{rows})")

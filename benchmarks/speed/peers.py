@@ -24,8 +24,8 @@ class Variant:
 
     library trainer or trl; weights the format the base is loaded in, fp32 or bf16; products `plain` (in the weights'
     format) or `autocast` (bf16=True); batches `random` (padded to the longest of the batch), `length` (rows of like
-    length together), `widest` (all padded to max_length), `flat` (the batch's rows joined, trl's padding_free) or `packed`
-    (rows joined up to a length, trl's packing); `:compiled` behind it is torch_compile=True.
+    length together), `widest` (all padded to max_length), `flat` (the batch's rows joined, trl's padding_free) or
+    `packed` (rows joined up to a length, trl's packing); `:compiled` behind it is torch_compile=True.
     """
 
     library: str
