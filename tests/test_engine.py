@@ -17,13 +17,16 @@ from graft import hidden_states, read_method
 from graft.engine import attention, compiled, loss, runtime
 from graft.engine.attention import dense_attention, is_faster
 from graft.engine.compiled import LayerCompiler, layers_of, pays
+from graft.engine.dropout import cheaper_dropout, drop, keep_mask
 from graft.engine.loss import chunked_loss
 from graft.engine.settings import Engine
+from graft.errors import RecipeError
 from graft.objectives.base import silent
 from graft.objectives.causal import token_losses
 from graft.objectives.instruct import Instruct
 from graft.parts.attach import attach
 from graft.parts.attention import FAST, choose_kernels
+from graft.recipe import Recipe
 from graft.run import execute
 from graft.train.loop import Trainer, Training, make_accelerator
 from graft.train.optim import make_optimizer
@@ -106,7 +109,7 @@ def test_dropout_drops_and_its_gradient_knows_what(kept, monkeypatch):
     output = dense_attention(q, k, v, None, dropout=0.5)
     found = with_gradients(output, (q, k, v))
     torch.manual_seed(5)
-    keep = torch.empty(18, 7, 7, dtype=torch.bool).bernoulli_(0.5).view(3, 6, 7, 7)
+    keep = keep_mask(torch.ones(18, 7, 7), 0.5).view(3, 6, 7, 7)
     expected = torch.softmax(q @ k.transpose(2, 3) / 2, dim=-1) * keep * 2 @ v
     for a, b in zip(found, with_gradients(expected, (q, k, v)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
@@ -163,6 +166,20 @@ def test_other_implementations_are_left_alone():
     assert base.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_mask_with_holes_is_kept(name):
+    """Only padding behind a row needs no mask."""
+    base = bases.make(name)
+    bases.put(base, "lora")
+    given = bases.batch(padded=None)
+    holes = {**given, "attention_mask": given["attention_mask"].clone()}
+    holes["attention_mask"][:, 3] = 0
+    with base.route("lora"):
+        expected = base.hidden(holes).last[:, 4:]
+    torch.testing.assert_close(hidden_states(base, holes, "lora").last[:, 4:], expected, atol=1e-5, rtol=1e-5)
+    assert float((hidden_states(base, given, "lora").last[:, 4:] - expected).abs().max().detach()) > 1e-3
+
+
 # Loss ---------------------------------------------------------------------------------------------
 
 
@@ -213,10 +230,57 @@ def test_what_trains_at_the_head_gets_its_gradient(method):
     assert all(bool(gradient.any()) for gradient in at_head)
 
 
+# Dropout ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9, 0.01])
+def test_dropout_drops_its_share_anywhere_and_independently(dropout):
+    torch.manual_seed(0)
+    kept = keep_mask(torch.empty(400, 1001), dropout).float()
+    error = 5 * (dropout * (1 - dropout) / kept.numel()) ** 0.5
+    assert float(kept.mean()) == pytest.approx(1 - dropout, abs=error)
+    lanes = kept.view(-1)[:400_400].view(-1, 4).mean(0)
+    assert lanes.tolist() == pytest.approx([1 - dropout] * 4, abs=2 * error)
+    for distance in (1, 2, 3, 4, 1001):  # elements of one draw, and of neighbouring ones
+        both = float((kept.view(-1)[distance:] * kept.view(-1)[:-distance]).mean())
+        assert both == pytest.approx((1 - dropout) ** 2, abs=2 * error)
+    torch.manual_seed(0)
+    assert torch.equal(keep_mask(torch.empty(400, 1001), dropout).float(), kept)
+    torch.manual_seed(1)
+    assert not torch.equal(keep_mask(torch.empty(400, 1001), dropout).float(), kept)
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 7), (4, 8), ()])
+def test_dropped_values_and_gradients(shape):
+    x = torch.randn(shape, requires_grad=True)
+    torch.manual_seed(3)
+    kept = keep_mask(x, 0.25)
+    torch.manual_seed(3)
+    output = drop(x, 0.25)
+    torch.testing.assert_close(output, x * kept / 0.75)
+    output.sum().backward()
+    torch.testing.assert_close(x.grad, kept / 0.75)
+    assert bool((drop(torch.ones(9), 1.0) == 0).all())
+
+
+def test_dropout_modules_are_changed_for_a_while_and_in_training_only():
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Dropout(0.0), torch.nn.Linear(4, 4))
+    x = torch.ones(64, 4)
+    with cheaper_dropout(model):
+        assert [type(module).__name__ for module in model] == ["CheaperDropout", "Dropout", "Linear"]
+        torch.manual_seed(3)
+        expected = drop(x, 0.5)
+        torch.manual_seed(3)
+        assert torch.equal(model[0](x), expected)
+        model.eval()
+        assert torch.equal(model[0](x), x)
+    assert type(model[0]) is torch.nn.Dropout
+
+
 # Compilation --------------------------------------------------------------------------------------
 
 
-def trained(name, method, engine, rows, say=silent, steps=6):
+def trained(name, method, engine, rows, say=silent, steps=6, checkpointing=False):
     """Losses of a few steps, and the tensors after them."""
     base = bases.make(name)
     if engine.attention == "auto":
@@ -226,7 +290,12 @@ def trained(name, method, engine, rows, say=silent, steps=6):
     attach(base, adapter)
     points = []
     settings = Training(
-        per_device_train_batch_size=3, num_train_epochs=9, max_steps=steps, eval_steps=99, load_best_model_at_end=False
+        per_device_train_batch_size=3,
+        num_train_epochs=9,
+        max_steps=steps,
+        eval_steps=99,
+        load_best_model_at_end=False,
+        gradient_checkpointing=checkpointing,
     )
     trainer = Trainer(
         base, adapter, Instruct(), settings, 1e-2, 1, make_accelerator("fp32"), None, points.append,
@@ -238,7 +307,7 @@ def trained(name, method, engine, rows, say=silent, steps=6):
     return [point.train_loss for point in points], dict(adapter.named_tensors())
 
 
-OFF = Engine(attention="sdpa", compile=False, keep_memory=False, fused_optimizer=False)
+OFF = Engine(attention="sdpa", compile=False, keep_memory=False, cheaper_dropout=False, fused_optimizer=False)
 
 
 @pytest.fixture
@@ -252,7 +321,7 @@ def counted(monkeypatch, tmp_path):
 
     original = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: original(self, backend=backend, **given))
-    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     return graphs
 
@@ -273,16 +342,40 @@ def test_compiled_training_is_the_same_and_has_one_graph(name, method, counted):
     assert "compiling" in said[0]
 
 
+def test_recomputed_activations_are_not_compiled(counted, monkeypatch):
+    """torch 2.13 compiles no checkpoint that restores the route."""
+    monkeypatch.setattr(compiled, "COST", {True: 0.0, False: 0.0})
+    monkeypatch.setattr(compiled, "unavailable", lambda: None)
+    trained("llama", "lora", Engine(), lines(10), steps=8, checkpointing=True)
+    assert not counted
+    both = {"model": "m", "data": {"train": "d"}, "engine": {"compile": True}}
+    with pytest.raises(RecipeError, match=r"engine\.compile and training\.gradient_checkpointing"):
+        Recipe.parse({**both, "training": {"gradient_checkpointing": True}})
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(compiled.unavailable() is not None, reason="there is no compiler")
 def test_generated_code_trains_alike(tmp_path, monkeypatch):
-    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     rows = lines(10)
     plain = trained("llama", "lora", OFF, rows)
     found = trained("llama", "lora", Engine(compile=True), rows)
     assert found[0] == pytest.approx(plain[0], abs=1e-4)
-    assert len(list((tmp_path / "compiled").glob("*"))) >= 1
+    assert list((tmp_path / "graft").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiled.unavailable() is not None, reason="there is no compiler")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_generated_code_knows_dropout(precision, tmp_path, monkeypatch):
+    """An encoder drops attention in training. Every part has to get a gradient, and the run to learn."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    folder = tiny.write_all(tmp_path / "data")
+    training = {"num_train_epochs": 2, "per_device_train_batch_size": 16, "precision": precision}
+    report = execute(tiny.recipe(folder, training=training, engine={"compile": True}), tmp_path / "run")
+    assert report["quality"] > 0.8
 
 
 def test_auto_compiles_when_the_rest_of_a_run_pays_for_it(counted, monkeypatch):
@@ -310,18 +403,18 @@ def test_compiling_pays_by_the_time_that_is_left():
 
 def test_what_was_compiled_before_is_known(counted, tmp_path):
     trained("llama", "lora", Engine(compile=True), lines(10))
-    marks = list((tmp_path / "compiled").iterdir())
+    marks = list((tmp_path / "graft").iterdir())
     assert len(marks) == 1
     trained("llama", "lora", Engine(compile=True), lines(10))
-    assert list((tmp_path / "compiled").iterdir()) == marks
+    assert list((tmp_path / "graft").iterdir()) == marks
     trained("llama", "bottleneck", Engine(compile=True), lines(10))
-    assert len(list((tmp_path / "compiled").iterdir())) == 2
+    assert len(list((tmp_path / "graft").iterdir())) == 2
 
 
 @pytest.mark.parametrize("choice", ["auto", True])
 def test_a_compiler_that_fails(choice, monkeypatch, tmp_path):
     """auto goes on without; a recipe that asks for compiled code hears why there is none."""
-    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(compiled, "unavailable", lambda: None)
     monkeypatch.setattr(compiled, "COST", {True: 0.0, False: 0.0})
 

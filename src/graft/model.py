@@ -159,7 +159,7 @@ class Base:
         if "position_ids" not in inputs and bool((mask[:, 0] == 0).any()):
             # Left padding: transformers counts positions from the pad, so a row's result would depend on its batch.
             inputs["position_ids"] = self.position_ids(mask)
-        elif causal_parts and self.family.kind == "decoder" and mask.dim() == 2:
+        elif causal_parts and self.family.kind == "decoder" and mask.dim() == 2 and not _has_holes(mask):
             del inputs["attention_mask"]
         if self.family.kind == "decoder":
             inputs["use_cache"] = False  # type: ignore[assignment]
@@ -237,6 +237,11 @@ class Base:
             return [site for site in self.sites if site.linear and site.columns is None and site.layer is not None]
         named = [site for site in self.sites if pattern in (site.role, site.name) or bare(site.role) == pattern]
         return named or [site for site in self.sites if matches(pattern, site)]
+
+
+def _has_holes(mask: Tensor) -> bool:
+    """Whether a token stands behind padding."""
+    return bool((mask[:, 1:] > mask[:, :-1]).any())
 
 
 def load_base(name: str, *, dtype: torch.dtype = torch.float32) -> Base:

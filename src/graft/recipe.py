@@ -115,6 +115,12 @@ class Recipe(Config):
             raise ValueError("seeds: one stands twice")
         return self
 
+    @model_validator(mode="after")
+    def _compiles_or_recomputes(self) -> "Recipe":
+        if self.engine.compile is True and self.training.gradient_checkpointing:
+            raise ValueError("engine.compile and training.gradient_checkpointing do not go together: drop one")
+        return self
+
     @classmethod
     def sections(cls, values: Mapping[str, Any]) -> dict[str, type[Config]]:
         """The sections in which a bare `key=value` is looked up, for these values."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from graft.engine import dropout as dropouts
+
 LONGEST = {torch.bfloat16: 1024, torch.float32: 64}
 """Keys up to which dense products are taken. Beyond them the scores, which grow with the square of the length, are too
 large."""
@@ -75,7 +77,11 @@ class _Dense(torch.autograd.Function):
         q = (query * scale).reshape(shape)
         k, v = key.reshape(shape[0], -1, width), value.reshape(shape[0], -1, width)
         p = _probabilities(q, k, bias, (batch, heads, rows, k.shape[1]))
-        kept = None if dropout == 0 else torch.empty_like(p, dtype=torch.bool).bernoulli_(1 - dropout)
+        kept = None
+        if dropout > 0:
+            # Compiled code has numbers of its own. (bernoulli_ on truth values keeps nothing there, in torch 2.13.)
+            compiling = torch.compiler.is_compiling()
+            kept = torch.native_dropout(p, dropout, True)[1] if compiling else dropouts.keep_mask(p, dropout)
         output = torch.bmm(_dropped(p, kept, dropout), v)
         # Compiled code would be made twice, for lengths below and above.
         keep = not torch.compiler.is_compiling() and k.shape[1] <= KEPT
@@ -108,4 +114,4 @@ def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, shape: tuple[int, 
 
 
 def _dropped(p: Tensor, kept: Tensor | None, dropout: float) -> Tensor:
-    return p if kept is None else p * kept * (1 / (1 - dropout))
+    return p if kept is None else (p * kept) * dropouts.scale(dropout)

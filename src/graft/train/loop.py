@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -19,6 +20,7 @@ from torch import nn
 from graft.config import Config
 from graft.data.batch import training_batches
 from graft.engine.compiled import LayerCompiler
+from graft.engine.dropout import cheaper_dropout
 from graft.engine.settings import Engine
 from graft.methods.base import Method, Progress, method_of
 from graft.model import Base
@@ -179,6 +181,10 @@ class Trainer:
 
         Raises `GuardError` when the loss is not finite, a trainable tensor does not move or a frozen one does.
         """
+        with cheaper_dropout(self.base.model) if self.engine.cheaper_dropout else nullcontext():
+            return self._fit(train, validation)
+
+    def _fit(self, train: Sequence[Any], validation: Sequence[Any]) -> Fit:
         total = self.planned_steps(len(train))
         every = self.training.eval_steps or math.ceil(total / 4)
         optimizer = make_optimizer(
@@ -191,7 +197,9 @@ class Trainer:
             self.base.checkpoint_activations()
         result = Fit()
         self._training_mode(True)
-        compiler = LayerCompiler(self.base, self.engine.compile, self._compiled_key(), self.say)
+        # torch 2.13 cannot compile a checkpoint that restores the route.
+        choice = False if self.training.gradient_checkpointing else self.engine.compile
+        compiler = LayerCompiler(self.base, choice, self._compiled_key(), self.say)
         compiler.start()
         clock = time.perf_counter()
         for rows in self._batches([len(example) for example in train], total):
