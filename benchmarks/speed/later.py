@@ -106,7 +106,7 @@ def compare(section: dict[str, Any]) -> list[str]:
 
 def _start_rows(section: dict[str, Any]) -> list[list[str]]:
     rows = []
-    for model, sides in section["seconds"].items():
+    for model, sides in section["times"].items():
         if model == "help":
             continue
         times = {side: [one for one in known if not isinstance(one, str)] for side, known in sides.items()}
@@ -124,7 +124,7 @@ _START = ["model", "`graft train`, s", "peft and Trainer, s", "ratio"]
 
 def start(section: dict[str, Any]) -> list[str]:
     """`graft --help`, and the first step."""
-    helps = section["seconds"]["help"]
+    helps = section["times"]["help"]
     about = (
         f"`graft --help` takes {median(helps):.2f} s (median of {len(helps)}). From the start of the process to the "
         "end of the first optimizer step of LoRA on 200 rows of like length, `graft train` beside the least script "
@@ -146,7 +146,7 @@ def tables(name: str, section: dict[str, Any]) -> list[Table]:
     elif name == "compare":
         found.append(_screen(name, ["side", "seconds", "ratio", "accuracy"], _compare_rows(section)))
     else:
-        helps = f"graft --help: {median(section['seconds']['help']):.2f} s; first step:"
+        helps = f"graft --help: {median(section['times']['help']):.2f} s; first step:"
         found.append(_screen(helps, ["model", "Graft s", "Trainer s", "ratio"], _start_rows(section)))
     return found
 

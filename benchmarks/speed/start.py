@@ -48,7 +48,7 @@ def measure(drive: Drive, plan: Callable[[int], None]) -> dict[str, Any]:
                     times[side].append(begin(work, folder, number, drive.threads))
                     drive.tell(None)
             found[work.model] = times
-    return {"seconds": found, "seconds_of": "process start to the end of the first optimizer step"}
+    return {"times": found, "times_of": "process start to the end of the first optimizer step"}
 
 
 def _rows(work: Work) -> dict[str, list[dict[str, Any]]]:
