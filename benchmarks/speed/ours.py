@@ -14,24 +14,16 @@ from benchmarks.speed.gauge import Clock, Counter, held_out, step_ms
 
 def run(folder: Path, seed: int, assignments: Sequence[str] = ()) -> dict[str, Any]:
     """Train as `graft train` does and measure it; `assignments` go over the recipe."""
-    from accelerate.utils import set_seed
-
-    from graft.engine import runtime
     from graft.measure import PeakMemory
     from graft.model import load_tokenizer
-    from graft.run import build_adapter, load_for
-    from graft.train.loop import Point, Trainer, make_accelerator
-    from graft.train.precision import choose
+    from graft.run import build_adapter, load_for, prepare
+    from graft.train.loop import Point, Trainer
 
     work, _ = works.read(folder)
     recipe = work.recipe(folder, seed, assignments)
     splits = recipe.objective.load(recipe.data)
-    if recipe.engine.keep_memory:
-        runtime.keep_freed_memory()
-    set_seed(recipe.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = choose(recipe.training.precision, device)
-    accelerator = make_accelerator(precision.name)
+    accelerator, precision = prepare(recipe)
+    device = accelerator.device
     tokenizer = load_tokenizer(recipe.model)
     train, validation = (
         recipe.objective.examples(rows, tokenizer, splits.labels, recipe.max_length)

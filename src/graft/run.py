@@ -82,7 +82,7 @@ def execute(
                 watch(phase, fraction)
 
         try:
-            accelerator, precision = _prepare(recipe)
+            accelerator, precision = prepare(recipe)
             run = _Run(recipe, folder, precision, accelerator, splits, tell)
             report = (
                 _measure_base(run) if recipe.method is None else _train(run, recipe.method, say or (lambda _: None))
@@ -99,7 +99,8 @@ def execute(
     return report
 
 
-def _prepare(recipe: Recipe) -> tuple[Accelerator, Precision]:
+def prepare(recipe: Recipe) -> tuple[Accelerator, Precision]:
+    """Set the process and the random numbers up for a run: devices, and the number format it multiplies in."""
     if recipe.engine.keep_memory:
         runtime.keep_freed_memory()
     set_seed(recipe.seed)
@@ -372,7 +373,7 @@ def evaluate_run(path: Path, data: str | None = None, watch: Watch | None = None
     if data is None:
         found.check_data(splits.sha256)
     rows = splits.test if data is None else _other_rows(recipe, data)
-    accelerator, precision = _prepare(recipe)
+    accelerator, precision = prepare(recipe)
     base = load_for(recipe, precision, accelerator.device)
     adapter = store.load(base, found.path / "adapter", ADAPTER)
     assert base.tokenizer is not None

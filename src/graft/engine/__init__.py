@@ -1,1 +1,1 @@
-"""The engine: pieces that make the same training faster or smaller. Each stands alone and can be switched off."""
+"""The engine: pieces that make the same training faster or smaller. Each is a file of its own."""

@@ -8,7 +8,7 @@ from graft.config import Config
 
 
 class Engine(Config):
-    """How a run is made fast. None of it changes results beyond rounding; each piece can be switched off."""
+    """How a run is made fast. Results differ by rounding, and by what dropout draws."""
 
     attention: Literal["auto", "sdpa"] = "auto"
     """auto computes attention with dense products where they are faster than PyTorch's fused kernel (on CPUs); sdpa
