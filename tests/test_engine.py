@@ -109,7 +109,7 @@ def test_dropout_drops_and_its_gradient_knows_what(kept, monkeypatch):
     output = dense_attention(q, k, v, None, dropout=0.5)
     found = with_gradients(output, (q, k, v))
     torch.manual_seed(5)
-    keep = keep_mask(torch.ones(18, 7, 7), 0.5).view(3, 6, 7, 7)
+    keep = keep_mask(torch.ones(18, 7, 7), 0.5).float().view(3, 6, 7, 7)
     expected = torch.softmax(q @ k.transpose(2, 3) / 2, dim=-1) * keep * 2 @ v
     for a, b in zip(found, with_gradients(expected, (q, k, v)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
@@ -254,7 +254,7 @@ def test_dropout_drops_its_share_anywhere_and_independently(dropout):
 def test_dropped_values_and_gradients(shape):
     x = torch.randn(shape, requires_grad=True)
     torch.manual_seed(3)
-    kept = keep_mask(x, 0.25)
+    kept = keep_mask(x, 0.25).float()
     torch.manual_seed(3)
     output = drop(x, 0.25)
     torch.testing.assert_close(output, x * kept / 0.75)

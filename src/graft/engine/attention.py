@@ -114,4 +114,4 @@ def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, shape: tuple[int, 
 
 
 def _dropped(p: Tensor, kept: Tensor | None, dropout: float) -> Tensor:
-    return p if kept is None else (p * kept) * dropouts.scale(dropout)
+    return p if kept is None else dropouts.dropped(p, kept, dropout)
