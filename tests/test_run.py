@@ -321,7 +321,7 @@ def gradients(recipe: Recipe, size: int, passes: int, rows: int, limit: float) -
     made, train, _ = trainer(recipe, **training)
     assert made.rows_per_step == 32
     made._training_mode(True)
-    loss, _ = made._gradients(train[:rows])
+    loss, _ = made.gradients(train[:rows])
     return loss, {name: tensor.grad.clone() for name, tensor in made.adapter.trainable()}
 
 

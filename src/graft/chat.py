@@ -16,6 +16,7 @@ from graft.methods import store
 from graft.methods.base import read_method
 from graft.model import Base, family_of, load_base
 from graft.parts.head import adapter_head
+from graft.quantize import quantize
 from graft.recipe import Recipe
 from graft.rendering.render import Renderer
 from graft.routing import Route
@@ -79,6 +80,8 @@ def load_served(run: str, model: str | None = None, watch: Callable[[str, float]
     dtype = choose("auto", device).dtype
     tell("loading the base", 0.1)
     base = load_base(name, dtype=torch.float32 if in_place else dtype)
+    if folder is not None and (source := store.quantized_from(folder)) is not None:
+        quantize(base, source)
     base.model.to(device)  # type: ignore[arg-type]
     if base.tokenizer is None:
         raise UsageError(f"{name} has no tokenizer")

@@ -4,7 +4,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from graft.objectives.classify import LabelledExample, collate
 from graft.parts.attach import attach, detach, merge_into
 from graft.parts.base import Adapter
 from graft.parts.head import TaskHead, adapter_head, pool
+from graft.quantize import quantize
 from graft.recipe import Recipe
 from graft.rendering.render import Renderer
 from graft.runfolder import find_run
@@ -78,13 +79,14 @@ class _Source:
 @dataclass(frozen=True)
 class _Plan:
     """What is written of a merged model: its class, whether that is transformers' sequence classifier, the head, and
-    the number format.
+    the number format; and whether the scores of words are compared too.
     """
 
     model_class: str
     classifier: bool
     head: TaskHead | None
     dtype: str
+    words: bool
 
 
 def merge_run(
@@ -94,6 +96,7 @@ def merge_run(
     rank: int | None = None,
     dtype: str | None = None,
     model: str | None = None,
+    original: bool = False,
     watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Merge an adapter into its base and write that to the folder `output`, whole or not at all, as a model of
@@ -101,7 +104,9 @@ def merge_run(
 
     A task head goes to `output`/head as an adapter without parts, and into the model too where transformers' own
     sequence classifier gives the same scores. `rank` is for methods that have ranks; `dtype`, one of `DTYPES`, is by
-    default that of the base's weights on disk. Raises `NotMergeable` for what no weight of the base can hold,
+    default that of the base's weights on disk. An adapter that was trained on a quantized base is merged into what
+    that base computes with, the dequantized weights, or into the `original` ones; how far the result is from what was
+    trained is measured in both cases. Raises `NotMergeable` for what no weight of the base can hold,
     `UsageError` for an `output` that is not empty, and `DamagedError` when the folder, read again, does not compute
     what the attached adapter does; nothing is left there then.
     """
@@ -110,38 +115,41 @@ def merge_run(
     _check_method(store.method_class(source.adapter), rank)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not known", nearest(dtype, DTYPES))
+    quantized = store.quantized_from(source.adapter)
+    if original and quantized is None:
+        raise UsageError(
+            f"{run} was not trained on a quantized base, so there is one base only", "leave `original` out"
+        )
     place = locate(source.model)
     _check_output(folder, output, source.holder, Path(place))
-    tell("loading the base", 0.0)
-    base = load_base(source.model)
-    tell("loading the adapter", 0.25)
-    adapter = store.load(base, source.adapter, _NAME)
-    _take_template(base, source.adapter)
-    method = method_of(adapter)
-    if rank is None and method.ranks():
-        rank = method.ranks()[-1]
-    if rank is not None:
-        method.use_rank(adapter, rank)
-    plan = _plan(base, adapter, dtype or _checkpoint_dtype(place))
+    base, adapter, rank = _attached(source, rank, quantized, tell)
+    plan = _plan(base, adapter, dtype or _checkpoint_dtype(place), quantized is not None)
     tell("computing with the adapter attached", 0.3)
-    expected = _outputs(base, _NAME, plan.head)
+    trained = expected = _outputs(base, _NAME, plan)
+    if original:
+        del base, adapter
+        base, adapter, rank = _attached(source, rank, None, tell)
+        expected = _outputs(base, _NAME, plan)
+    method, kind = method_of(adapter).name, base.family.kind
     tell("merging", 0.4)
     try:
         merge_into(base, _NAME)
     except NotMergeable as error:
         raise NotMergeable(error.message, error.remedy or _INSTEAD) from None
-    kind = base.family.kind
     with whole_folder(folder) as work:
         tell("writing", 0.5)
         bits = _write(base, plan, work)
         del base, adapter  # reading takes as much memory again
         tell("reading what was written", 0.7)
-        difference = _check(work, folder.name, plan, expected, bits)
+        difference, found = _check(work, folder.name, plan, expected, bits)
         _check_output(folder, output, source.holder, Path(place))  # again: it took a while
     tell("done", 1.0)
+    how = (
+        {} if quantized is None else {"merged_into": "original" if original else "dequantized"} | _kept(trained, found)
+    )
     return {
         "folder": str(output),
-        "method": method.name,
+        "method": method,
         "rank": rank,
         "class": plan.model_class,
         "load_with": "AutoModelForSequenceClassification" if plan.classifier else _AUTO[kind],
@@ -152,6 +160,40 @@ def merge_run(
         "head": None if plan.head is None else str(Path(output) / _HEAD),
         "pooling": None if plan.head is None else plan.head.pooling,
         "labels": None if plan.head is None else list(plan.head.labels),
+    } | how
+
+
+def _attached(
+    source: _Source, rank: int | None, quantized: torch.dtype | None, tell: Watch
+) -> tuple[Base, Adapter, int | None]:
+    """The base in fp32, quantized from a format or not, with the adapter attached, at `rank` or its highest one."""
+    tell("loading the base", 0.0)
+    base = load_base(source.model)
+    if quantized is not None:
+        quantize(base, quantized)
+    tell("loading the adapter", 0.25)
+    adapter = store.load(base, source.adapter, _NAME)
+    _take_template(base, source.adapter)
+    method = method_of(adapter)
+    if rank is None and method.ranks():
+        rank = method.ranks()[-1]
+    if rank is not None:
+        method.use_rank(adapter, rank)
+    return base, adapter, rank
+
+
+def _kept(trained: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Any]:
+    """How far a merged model is from the adapter on its quantized base: the largest difference of the scores of words
+    or labels (of hidden states where there are no scores), and where the best one is the same.
+    """
+    key = next(key for key in ("logits", "scores", "hidden states") if key in trained)
+    then, now = trained[key], found[key]
+    same = None if key == "hidden states" else float((then.argmax(dim=-1) == now.argmax(dim=-1)).float().mean())
+    return {
+        "compared": key,
+        "difference_from_trained": float((then - now).abs().max()),
+        "same_best": same,
+        "positions": len(then),
     }
 
 
@@ -165,6 +207,13 @@ def merged_lines(result: dict[str, Any]) -> list[str]:
         f"(allowed: {result['tolerance']:g})",
         f"load it with {result['load_with']}.from_pretrained({folder!r})",
     ]
+    if "merged_into" in result:
+        same = "" if result["same_best"] is None else f", the best one is the same at {result['same_best']:.1%}"
+        lines.append(
+            f"trained on a quantized base and merged into its {result['merged_into']} weights: beside the adapter on "
+            f"the quantized base, {result['compared']} at {result['positions']} positions differ by "
+            f"{result['difference_from_trained']:.2g} at most{same}"
+        )
     if head is not None and result["load_with"] != "AutoModelForSequenceClassification":
         lines.append(
             f"transformers has no classifier of this architecture that scores like this head, with pooling "
@@ -223,15 +272,15 @@ def _checkpoint_dtype(place: str) -> str:
     return known.get(max(numbers, key=lambda name: numbers[name], default="F32"), "fp32")
 
 
-def _plan(base: Base, adapter: Adapter, dtype: str) -> _Plan:
+def _plan(base: Base, adapter: Adapter, dtype: str, quantized: bool) -> _Plan:
     head = adapter_head(adapter)
-    own = type(base.model).__name__
+    own, words = type(base.model).__name__, quantized and head is None and bool(base.family.lm_head)
     if head is None or not store.transformers_scores_alike(adapter, head, base):
-        return _Plan(own, False, head, dtype)
+        return _Plan(own, False, head, dtype, words)
     known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if type(base.config) not in known or (base.family.kind == "decoder" and not _ends_are_seen(base)):
-        return _Plan(own, False, head, dtype)
-    return _Plan(str(known[type(base.config)].__name__), True, head, dtype)  # type: ignore[attr-defined]
+        return _Plan(own, False, head, dtype, words)
+    return _Plan(str(known[type(base.config)].__name__), True, head, dtype, words)  # type: ignore[attr-defined]
 
 
 def _ends_are_seen(base: Base) -> bool:
@@ -252,15 +301,17 @@ def _batch(base: Base) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _outputs(base: Base, name: str | None, head: TaskHead | None) -> dict[str, Tensor]:
+def _outputs(base: Base, name: str | None, plan: _Plan) -> dict[str, Tensor]:
     """What the sentences give through an adapter: token ids [T], hidden states of these tokens [T, d] and, with a head,
-    scores [B, labels].
+    scores [B, labels], or scores of words [T, V] where the plan says so.
     """
-    batch = _batch(base)
+    batch, head = _batch(base), plan.head
     real = batch["attention_mask"].bool()
     with base.route(name):
         hidden = base.hidden(batch)
-    found = {"token ids": batch["input_ids"][real], "hidden states": hidden.last[real].float()}
+        states = hidden.last[real]
+        words = {"logits": base.logits(hidden.last)[real]} if plan.words else {}
+    found = {"token ids": batch["input_ids"][real], "hidden states": states.float()} | words
     return found if head is None else found | {"scores": head(pool(hidden, head.pooling)).float()}
 
 
@@ -314,8 +365,8 @@ def _write(base: Base, plan: _Plan, folder: Path) -> dict[str, tuple[int, int]]:
 
 def _check(
     folder: Path, name: str, plan: _Plan, expected: dict[str, Tensor], bits: dict[str, tuple[int, int]]
-) -> float:
-    """Read a written folder, add the head's own, and return the largest difference of any output.
+) -> tuple[float, dict[str, Tensor]]:
+    """Read a written folder, add the head's own, and return the largest difference of any output, and the outputs.
 
     Raises `DamagedError` when a tensor is not the merged one, or outputs differ by more than is allowed.
     """
@@ -335,9 +386,9 @@ def _check(
     if plan.head is not None:
         _write_head(base, plan.head, folder / _HEAD)
         loaded = store.load(base, folder / _HEAD, _HEAD)
-        found = [_outputs(base, _HEAD, adapter_head(loaded))]
+        found = [_outputs(base, _HEAD, replace(plan, head=adapter_head(loaded)))]
     else:
-        found = [_outputs(base, None, None)]
+        found = [_outputs(base, None, plan)]
     if plan.classifier:
         batch, kind = _batch(base), base.family.kind
         del base, loaded
@@ -349,7 +400,7 @@ def _check(
             f"{TOLERANCE[plan.dtype]:g} is allowed",
             "use --dtype fp32" if plan.dtype != "fp32" else "please report this",
         )
-    return difference
+    return difference, found[0]
 
 
 def _write_head(base: Base, head: TaskHead, folder: Path) -> None:

@@ -3,11 +3,12 @@
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from graft import assets
 from graft.errors import DamagedError, ModelError, ResourceError, RouteError, UsageError, nearest
 from graft.families import FAMILIES, Family
 from graft.routing import Entry, Route, Router
-from graft.sites import LINEAR, Site, bare, find_sites, matches
+from graft.sites import LINEAR, Packed, Site, bare, find_sites, matches
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Base:
     adapters: dict[str, nn.Module] = field(default_factory=dict)
     exclusive: str | None = None
     """The adapter that trains the base in place, if there is one; nothing else can then be routed."""
+    quantization: Literal["nf4"] | None = None
+    """How the matrices inside the layers are kept, where not as they were loaded."""
+
+    fingerprint: str = ""
+    """What tells this base's weights from others; made of them when left out."""
 
     def __post_init__(self) -> None:
         kind = self.model.config.model_type
@@ -67,7 +73,7 @@ class Base:
         self.sites: tuple[Site, ...] = tuple(find_sites(self.model, self.family))
         self.modules_by_path = dict(self.model.named_modules())
         self.model.requires_grad_(False)
-        self.fingerprint = self._fingerprint()
+        self.fingerprint = self.fingerprint or self._fingerprint()
 
     @property
     def body(self) -> nn.Module:
@@ -102,14 +108,24 @@ class Base:
         return {name: tensor for name, tensor in self.model.state_dict().items() if ".graft." not in f".{name}"}
 
     def parameter_count(self) -> int:
-        """Number of the base's own parameters, tied ones once."""
+        """Number of the base's own parameters, tied ones once; of a quantized matrix those that it has dense."""
         own = {id(p): p for name, p in self.model.named_parameters() if ".graft." not in f".{name}"}
-        return sum(parameter.numel() for parameter in own.values())
+        packed = (math.prod(module.shape) for module in self.modules_by_path.values() if isinstance(module, Packed))
+        return sum(parameter.numel() for parameter in own.values()) + sum(packed)
+
+    @property
+    def number_format(self) -> str:
+        """What the weights are kept in: `bfloat16`, or `nf4 in bfloat16` where the matrices are quantized."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return dtype if self.quantization is None else f"{self.quantization} in {dtype}"
 
     def _fingerprint(self) -> str:
         """sha256 over names, shapes and up to 1,024 evenly spaced values of every tensor, as bf16: another base, or a
-        changed one, has another fingerprint; one loaded in another precision has the same."""
+        changed one, has another fingerprint; one loaded in another precision has the same, and one that is quantized
+        later keeps it. Empty on the device "meta", where there are no values."""
         digest = hashlib.sha256()
+        if self.device.type == "meta":
+            return ""
         for name, tensor in sorted(self.state().items()):
             flat = tensor.detach().reshape(-1)
             step = max(1, flat.numel() // 1024)

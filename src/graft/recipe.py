@@ -3,10 +3,10 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, field_validator, model_validator
 
 from graft.config import Config, override, parse_yaml, read_yaml
 from graft.data.load import DataConfig
@@ -68,11 +68,17 @@ class Recipe(Config):
         "base_model": "model",
         "model_name_or_path": "model",
         "dataset": "data",
+        "load_in_4bit": "quantization",
+        "quantization_bit": "quantization",
     }
     default_names: ClassVar[dict[str, str]] = {"method": "lora", "objective": "classify"}
 
     model: str = Field(min_length=1)
     """The base: a starter name, a local folder or a hub id."""
+
+    quantization: Literal["nf4"] | None = None
+    """Keep the matrices inside the base's layers in fewer bits: nf4 takes 4.13 for each weight (QLoRA). For every
+    method that trains beside the base; needs bitsandbytes."""
 
     data: DataConfig
     """Where the rows come from."""
@@ -108,6 +114,37 @@ class Recipe(Config):
     probe_samples: int | None = Field(default=None, ge=20)
     """At most this many rows of each probe and transfer set; when left out, 2,500 for classification and 200
     otherwise."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _compare_what_can_be(cls, given: Any) -> Any:
+        """The methods that are compared when the recipe names none are, on a quantized base, those that work there."""
+        wanted = {"quantization", *(alias for alias, name in cls.aliases.items() if name == "quantization")}
+        if not isinstance(given, Mapping) or "methods" in given or not any(given.get(key) for key in wanted):
+            return given
+        return {**given, "methods": [name for name in COMPARED if not read_method(name).in_place]}
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _read_bits(cls, given: Any) -> Any:
+        """`load_in_4bit: true`, `quantization_bit: 4` and `quantization: 4bit`, as other tools spell it."""
+        if given is False:
+            return None
+        return "nf4" if given is True or str(given).lower() in ("4", "4bit", "4-bit", "nf4") else given
+
+    @model_validator(mode="after")
+    def _quantized_base_stays(self) -> "Recipe":
+        if self.quantization is None:
+            return self
+        # `methods` is not looked at: `graft train` does not use it, and in a comparison each is a recipe's `method`.
+        if self.method is not None and self.method.in_place:
+            raise ValueError(
+                f"quantization: {self.method.name} trains the base's own weights, and in {self.quantization} none can "
+                "train; take another method, or leave quantization out"
+            )
+        if self.engine.compile is True:
+            raise ValueError("engine.compile and quantization do not go together: drop one")
+        return self
 
     @model_validator(mode="after")
     def _distinct_seeds(self) -> "Recipe":

@@ -26,10 +26,12 @@ from graft.objectives.base import Example
 from graft.parts.attach import attach, detach
 from graft.parts.attention import choose_kernels
 from graft.parts.base import Adapter
+from graft.quantize import described, quantize, require_bitsandbytes
 from graft.recipe import Recipe
 from graft.runfolder import RunFolder, find_run
 from graft.stats import interval
 from graft.train.loop import Fit, Point, Trainer, make_accelerator
+from graft.train.optim import check_optimizer
 from graft.train.precision import Precision, choose
 
 ADAPTER = "tuned"
@@ -69,6 +71,8 @@ def execute(
     """
     folder = RunFolder(path)
     check_pairs([recipe.method] if recipe.method is not None else [], recipe.model, recipe.objective.refuses)
+    if recipe.quantization is not None:
+        require_bitsandbytes()
     splits = recipe.objective.load(recipe.data)
     check_probes(recipe, splits.labels)
     with folder.open(recipe.resolved(), recipe.to_yaml()) as fresh:
@@ -105,14 +109,25 @@ def prepare(recipe: Recipe) -> tuple[Accelerator, Precision]:
         runtime.keep_freed_memory()
     set_seed(recipe.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_optimizer(recipe.training.optimizer, device)
     precision = choose(recipe.training.precision, device)
     return make_accelerator(precision.name), precision
 
 
 def load_for(recipe: Recipe, precision: Precision, device: torch.device) -> Base:
-    """The recipe's base. Frozen weights are kept in the format of the products; weights that train in place in fp32."""
+    """The recipe's base. Frozen weights are kept in the format of the products; weights that train in place in fp32.
+
+    Quantized before it goes to a device, so that the device never holds more, and every machine has the same bytes.
+    """
     in_place = recipe.method is not None and recipe.method.in_place
     base = load_base(recipe.model, dtype=torch.float32 if in_place else precision.dtype)
+    return fit_out(base, recipe, device)
+
+
+def fit_out(base: Base, recipe: Recipe, device: torch.device) -> Base:
+    """A base as the recipe wants it: quantized, on its device, with the engine's kernels."""
+    if recipe.quantization is not None:
+        quantize(base)
     base.model.to(device)  # type: ignore[arg-type]
     if recipe.engine.attention == "auto":
         choose_kernels(base)
@@ -122,6 +137,7 @@ def load_for(recipe: Recipe, precision: Precision, device: torch.device) -> Base
 def _record_environment(run: _Run, base: Base) -> None:
     data = {"sha256": run.splits.sha256, "notes": list(run.splits.notes)}
     model = {"name": base.name, "fingerprint": base.fingerprint, "parameters": base.parameter_count()}
+    model |= {} if base.quantization is None else {"quantization": base.quantization}
     machine = environment() | {"dtype": run.precision.name, "dtype_reason": run.precision.reason}
     write_json(run.folder.path / "env.json", {"machine": machine, "model": model, "data": data})
 
@@ -268,6 +284,8 @@ def preflight(
         f"{len(train):,} rows of {lengths[len(lengths) // 2]} tokens in the median, {lengths[-1]} at most",
         f"peak learning rate {method.rate(base):g}; {precision}",
     ]
+    if base.quantization is not None:
+        lines.append(described(base))
     if base.fresh:
         lines.append(f"not in the checkpoint, so started at random: {', '.join(base.fresh)}")
     return lines

@@ -15,7 +15,23 @@ from transformers.pytorch_utils import Conv1D
 
 from graft.families import Family
 
-LINEAR = (nn.Linear, Conv1D)
+
+class Packed(nn.Module):
+    """A linear layer that keeps its weight in fewer bits than a number format has. Its bias, if any, is a parameter.
+
+    `shape` is (d_out, d_in); `transposed` says that it was a `Conv1D`, whose weight is [d_in, d_out].
+    """
+
+    shape: tuple[int, int]
+    transposed: bool
+
+    def dense(self) -> Tensor:
+        """The weight [d_out, d_in], made anew at each call, in the number format of the base."""
+        raise NotImplementedError
+
+
+LINEAR = (nn.Linear, Conv1D, Packed)
+"""The modules that are one matrix."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +61,11 @@ class Site:
         return isinstance(self.leave, LINEAR)
 
     @property
+    def transposed(self) -> bool:
+        """Whether the base has this matrix as [d_in, d_out], as GPT-2 does: peft's fan_in_fan_out."""
+        return self.leave.transposed if isinstance(self.leave, Packed) else isinstance(self.leave, Conv1D)
+
+    @property
     def whole(self) -> bool:
         """Whether peft could adapt it: one whole matrix, or the embedding table."""
         return (self.linear and self.columns is None) or self.role == "embed"
@@ -60,10 +81,16 @@ class Site:
         return self.name.replace(".", "_")
 
     def dense_weight(self) -> Tensor:
-        """The host's weight [d_out, d_in]."""
-        weight: Tensor = self.leave.get_parameter("weight")
-        weight = weight.T if isinstance(self.leave, Conv1D) else weight
+        """The host's weight [d_out, d_in], dequantized where it is packed."""
+        weight = self._whole_weight()
         return weight if self.columns is None else weight[self.columns]
+
+    def _whole_weight(self) -> Tensor:
+        """The weight [d_out of the whole host, d_in]."""
+        if isinstance(self.leave, Packed):
+            return self.leave.dense()
+        weight: Tensor = self.leave.get_parameter("weight")
+        return weight.T if self.transposed else weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -73,10 +100,9 @@ class Site:
 
     def host_update(self, weight: Tensor) -> dict[str, Tensor]:
         """Full new tensors of the host, by path, for a new value [d_out, d_in] of this site's weight."""
-        host: Tensor = self.leave.get_parameter("weight").detach().clone()
-        view = host.T if isinstance(self.leave, Conv1D) else host
-        view[self.columns if self.columns is not None else slice(None)] = weight.to(host.dtype)
-        return {f"{self.path}.weight": host}
+        host = self._whole_weight().detach().clone()
+        host[self.columns if self.columns is not None else slice(None)] = weight.to(host.dtype)
+        return {f"{self.path}.weight": host.T if self.transposed else host}
 
     def bias_update(self, bias: Tensor) -> dict[str, Tensor]:
         """The full new bias of the host, by path, for a new value [d_out] of this site's bias."""
@@ -127,6 +153,14 @@ def find_sites(model: PreTrainedModel, family: Family) -> Iterator[Site]:
         yield _site("head", "head", None, model, family.lm_head, hidden=hidden)
 
 
+def shape_of(linear: nn.Module) -> tuple[int, int]:
+    """(d_out, d_in) of one of `LINEAR`."""
+    if isinstance(linear, Packed):
+        return linear.shape
+    first, second = linear.get_parameter("weight").shape
+    return (second, first) if isinstance(linear, Conv1D) else (first, second)
+
+
 def layer_count(body: nn.Module, path: str) -> int:
     """The number of layers in a stack."""
     return sum(1 for _ in body.get_submodule(path).children())
@@ -155,8 +189,7 @@ def _site(
     sizes: dict[str, int] = {"d_in": hidden, "d_out": hidden}
     columns = None
     if isinstance(leave, LINEAR):
-        weight = leave.weight
-        d_out, d_in = weight.shape if isinstance(leave, nn.Linear) else (weight.shape[1], weight.shape[0])
+        d_out, d_in = shape_of(leave)
         part, parts = share
         width = d_out // parts
         columns = slice(part * width, (part + 1) * width) if parts > 1 else None

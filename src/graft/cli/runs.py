@@ -141,13 +141,16 @@ def merge(
         str | None, typer.Option("--dtype", help="fp32, bf16 or fp16; that of the base when left out.")
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="The base, if not as the run says.")] = None,
+    original: Annotated[
+        bool, typer.Option("--original", help="Into the base as it was before it was quantized to NF4.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write an adapter into its base: a model folder of transformers, read again and compared."""
     from graft.merge import merge_run, merged_lines
 
     with run_bar(as_json) as bar:
-        result = merge_run(run, output, rank=rank, dtype=dtype, model=model, watch=bar)
+        result = merge_run(run, output, rank=rank, dtype=dtype, model=model, original=original, watch=bar)
     typer.echo(json.dumps(result, indent=2) if as_json else "\n".join(merged_lines(result)))
 
 

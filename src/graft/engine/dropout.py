@@ -1,8 +1,8 @@
 """Dropout (Srivastava et al., JMLR 15, 2014) with cheaper random numbers and masks, on CPUs.
 
 torch 2.13 draws a truth value for each element, in one thread: 1.8 ms for 330,000. Here four elements share a draw of
-64 bits: 0.2 ms. A truth value times a bf16 number takes a conversion of 0.35 ms in either pass; masks are therefore ones
-and zeros in bf16: 0.02 ms.
+64 bits: 0.2 ms. A truth value times a bf16 number takes a conversion of 0.35 ms in either pass; masks are therefore
+ones and zeros in bf16: 0.02 ms.
 """
 
 from collections.abc import Iterator

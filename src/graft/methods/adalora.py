@@ -284,7 +284,7 @@ class Adalora(AtLinears):
             "rank_pattern": pattern if not bool(kept.all()) else None,
             "target_modules": peft_targets(adapter, base),
             "bias": "none",
-            "fan_in_fan_out": any(not isinstance(site.leave, nn.Linear) for site in sites),
+            "fan_in_fan_out": any(site.transposed for site in sites),
             "layers_to_transform": None,
             "init_lora_weights": True,
         }

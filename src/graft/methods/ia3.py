@@ -113,7 +113,7 @@ class Ia3(AtLinears):
                 names[site] for site, part in adapter.placed if isinstance(part, ScaledInput)
             ),
             "exclude_modules": None,
-            "fan_in_fan_out": any(not isinstance(site.leave, nn.Linear) for site, _ in adapter.placed),
+            "fan_in_fan_out": any(site.transposed for site, _ in adapter.placed),
             "init_ia3_weights": True,
         }
         tensors = {}

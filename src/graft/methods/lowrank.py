@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from graft.errors import DamagedError, UsageError, nearest
 from graft.methods.base import Method
@@ -124,7 +124,7 @@ class LowRank(AtLinears):
             "rank_pattern": {paths[name]: rank for name, rank in spelled.rank_pattern.items()},
             "alpha_pattern": {paths[name]: alpha for name, alpha in spelled.alpha_pattern.items()},
             "bias": "none",
-            "fan_in_fan_out": any(site.linear and not isinstance(site.leave, nn.Linear) for site in sites),
+            "fan_in_fan_out": any(site.transposed for site in sites),
             "layers_to_transform": None,
             "init_lora_weights": True,
             "use_rslora": self.use_rslora,

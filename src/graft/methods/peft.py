@@ -14,7 +14,6 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from graft.errors import DamagedError, NotMergeable, UsageError, nearest
 from graft.methods.base import Bypass, Method, methods
@@ -256,7 +255,7 @@ class PeftBridge(AtLinears):
         kind = self.config["peft_type"]
         config = dataclasses.asdict(_model(adapter).peft_config[_ADAPTER])
         config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-        transposed = {isinstance(site.leave, Conv1D) for site, _ in adapter.placed}
+        transposed = {site.transposed for site, _ in adapter.placed}
         readable = all(site.whole for site, _ in adapter.placed) and (
             transposed == {False} or (transposed == {True} and kind in TRANSPOSED)
         )

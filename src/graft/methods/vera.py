@@ -128,7 +128,7 @@ class Vera(AtLinears):
             "save_projection": self.save_projection,
             "vera_dropout": self.vera_dropout,
             "d_initial": self.d_initial,
-            "fan_in_fan_out": any(not isinstance(site.leave, nn.Linear) for site, _ in adapter.placed),
+            "fan_in_fan_out": any(site.transposed for site, _ in adapter.placed),
             "bias": "none",
             "init_weights": True,
             "layers_to_transform": None,

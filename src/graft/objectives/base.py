@@ -112,6 +112,10 @@ class Objective(Config):
         """The summed loss of a batch."""
         raise NotImplementedError
 
+    def longest_answer(self, examples: Sequence[Any]) -> int:
+        """Tokens that are generated at most for one of these examples in an evaluation; 0 where nothing is."""
+        return 0
+
     def evaluate(
         self,
         base: Base,

@@ -89,7 +89,7 @@ class Classify(Objective):
         stay still.
         """
         head = TaskHead.for_base(base, labels, self.pooling, self.head_dropout)
-        adapter.head = head.to(base.device)
+        adapter.head = head
         unused = {module for site in base.sites if site.role == "head" for module in site.leave.modules()}
         if head.pooling != "pooler":
             unused |= {module for path, module in base.modules_by_path.items() if "pooler" in path.split(".")}

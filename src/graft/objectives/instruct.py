@@ -186,18 +186,22 @@ class Instruct(Causal):
         ]  # fmt: skip
         return Result(sum(scores) / len(scores), figures.mean_loss, scores, further, samples)
 
+    def longest_answer(self, examples: Sequence[Turn]) -> int:
+        """`max_new_tokens`, or a quarter more than the longest reference."""
+        longest = max(len(turn) - turn.prompt for turn in examples)
+        return self.max_new_tokens or min(_LONGEST_ANSWER, max(_SHORTEST_LIMIT, math.ceil(1.25 * longest)))
+
     def answers(
         self, base: Base, turns: Sequence[Turn], entry: Entry, batch_size: int, report: Report | None = None
     ) -> list[Answer]:
         """What the model answers to the prompt of each row."""
         assert base.tokenizer is not None
-        longest = max(len(turn) - turn.prompt for turn in turns)
         return answer_all(
             base,
             [list(turn.ids[: turn.prompt]) for turn in turns],
             entry,
             batch_size=batch_size,
-            max_new_tokens=self.max_new_tokens or min(_LONGEST_ANSWER, max(_SHORTEST_LIMIT, math.ceil(1.25 * longest))),
+            max_new_tokens=self.longest_answer(turns),
             stop_ids=self.renderer(base.tokenizer).stop_ids,
             progress=None if report is None else lambda share: report("answering", share),
         )

@@ -15,6 +15,7 @@ from graft.model import Base, Hidden
 from graft.parts.attention import close_slots, open_slot, slot_at
 from graft.parts.base import Adapter, Part
 from graft.parts.tokens import Tokens
+from graft.quantize import dequantize, packed_layers
 from graft.routing import Entry, Route, by_rows, take
 from graft.sites import Site
 
@@ -185,7 +186,8 @@ def attach(base: Base, adapter: Adapter) -> None:
         raise UsageError(f"{adapter.name!r} was built for another base", "build it, or load it, for this one")
     base.adapters[adapter.name] = adapter
     base.router.order.append(adapter.name)
-    adapter.to(base.device)
+    if any(tensor.device != base.device for tensor in (*adapter.parameters(), *adapter.buffers())):
+        adapter.to(base.device)
     adapter.train(base.model.training)
     _lodge(base.model, f"shared_{adapter.name}", adapter.shared)
     _lodge(base.model, f"head_{adapter.name}", adapter.head)
@@ -316,7 +318,8 @@ def _split(base: Base, route: Route) -> tuple[list[int], list[int]]:
 
 def merge_into(base: Base, entry: Entry) -> None:
     """Write attached adapters, the one or several of `entry`, into the base's tensors, in place, and detach them: the
-    plain base then computes what a row through `entry` did.
+    plain base then computes what a row through `entry` did. A quantized base is dequantized for it: the sum of what
+    NF4 left of a weight and a change of it is no longer one of 16 levels.
 
     Raises `NotMergeable` before anything is changed.
     """
@@ -325,6 +328,7 @@ def merge_into(base: Base, entry: Entry) -> None:
     _check_merge(base, placed)
     for adapter in adapters:
         detach(base, adapter.name)
+    dequantize(base)
     own = dict(base.model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for _, site, part in placed:
@@ -400,7 +404,8 @@ def _own_parameters(base: Base) -> dict[str, tuple[Tensor, str, list[str]]]:
     """
     found = {}
     holders: dict[int, dict[tuple[int, str], str]] = {}
-    for name, parameter in base.model.named_parameters(remove_duplicate=False):
+    packed = [(f"{path}.weight", layer.weight) for path, layer in packed_layers(base)]
+    for name, parameter in [*base.model.named_parameters(remove_duplicate=False), *packed]:
         if ".graft." in f".{name}":
             continue
         path, _, last = name.rpartition(".")

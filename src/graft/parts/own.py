@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from graft.errors import UsageError
 from graft.model import Base
 from graft.parts.base import Part
+from graft.quantize import packed_layers
 from graft.sites import Site
 
 
@@ -32,8 +33,14 @@ def own_parts(base: Base, wanted: Callable[[str], bool], exclusive: bool) -> lis
     """A part at every module that has parameters whose name (dotted, in the base) is `wanted`.
 
     Exclusive parts hold the base's own parameters, others hold copies in fp32; a parameter that several modules share
-    (tied embeddings) is one in both cases.
+    (tied embeddings) is one in both cases. Raises `UsageError` when a quantized matrix is wanted.
     """
+    packed = next((path for path, _ in packed_layers(base) if wanted(f"{path}.weight")), None)
+    if packed is not None:
+        raise UsageError(
+            f"{packed} is kept in {base.quantization}, where nothing can train",
+            "leave `quantization` out, or use a method that trains beside the base, such as lora",
+        )
     copies: dict[int, nn.Parameter] = {}
     named = {
         id(parameter)

@@ -4,7 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -14,8 +14,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
+from torch.optim import Optimizer
 
 from graft.config import Config
 from graft.data.batch import training_batches
@@ -28,7 +29,7 @@ from graft.objectives.base import Objective, Result, silent
 from graft.parts.base import Adapter
 from graft.train import checkpoint
 from graft.train.guards import MovementGuard, require_finite
-from graft.train.optim import Schedule, make_optimizer, make_schedule
+from graft.train.optim import Kind, Schedule, make_optimizer, make_schedule
 from graft.train.precision import Choice
 
 _SHOWN = 3
@@ -46,6 +47,7 @@ class Training(Config):
         "train_batch_size": "per_device_train_batch_size",
         "eval_batch_size": "per_device_eval_batch_size",
         "bf16": "precision",
+        "optim": "optimizer",
     }
 
     num_train_epochs: float = Field(default=2, gt=0, le=10_000)
@@ -69,6 +71,10 @@ class Training(Config):
     lr_scheduler_type: Schedule = "linear"
     """How the learning rate falls after that: linear, cosine, or constant (it does not)."""
 
+    optimizer: Kind = "adamw"
+    """How AdamW keeps its moments: adamw in fp32, adamw_8bit in 8 bits, paged_adamw_8bit (on CUDA) in 8 bits and in the
+    computer's memory when the device's is full. The latter two need bitsandbytes."""
+
     weight_decay: float = Field(default=0.01, ge=0, lt=1)
     """Decoupled weight decay, on matrices only."""
 
@@ -89,6 +95,13 @@ class Training(Config):
 
     precision: Choice = "auto"
     """Number format of matrix products: bf16, fp32, or what the hardware is best at."""
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _read_names(cls, given: Any) -> Any:
+        """As transformers spells them."""
+        names = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_bnb_8bit": "adamw_8bit"}
+        return names.get(given, given) if isinstance(given, str) else given
 
     @model_validator(mode="before")
     @classmethod
@@ -133,10 +146,11 @@ Watch = Callable[[Literal["training", "evaluating"], int, int], None]
 """Called with the phase, the steps done and the steps in all."""
 
 
-def make_accelerator(precision: str) -> Accelerator:
-    """accelerate's view of devices and processes, in the run's number format."""
+def make_accelerator(precision: str, cpu: bool = False) -> Accelerator:
+    """accelerate's view of devices and processes, in the run's number format; `cpu` where there is a GPU too."""
     AcceleratorState._reset_state()  # it keeps the format of the first run in a process
-    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=not torch.cuda.is_available())
+    mixed = "bf16" if precision == "bf16" else "no"
+    return Accelerator(mixed_precision=mixed, cpu=cpu or not torch.cuda.is_available())
 
 
 @dataclass
@@ -181,24 +195,35 @@ class Trainer:
 
         Raises `GuardError` when the loss is not finite, a trainable tensor does not move or a frozen one does.
         """
-        with cheaper_dropout(self.base.model) if self.engine.cheaper_dropout else nullcontext():
-            return self._fit(train, validation)
+        with self.ready() as optimizer:
+            return self._fit(optimizer, train, validation)
 
-    def _fit(self, train: Sequence[Any], validation: Sequence[Any]) -> Fit:
+    @contextmanager
+    def ready(self) -> Iterator[Optimizer]:
+        """The model as training steps need it, and the optimizer of what trains."""
+        with cheaper_dropout(self.base.model) if self.engine.cheaper_dropout else nullcontext():
+            if self.training.gradient_checkpointing:
+                self.base.checkpoint_activations()
+            self._training_mode(True)
+            yield make_optimizer(
+                self.parameters(),
+                self.rate,
+                self.training.weight_decay,
+                self.engine.fused_optimizer,
+                self.training.optimizer,
+            )
+            self._training_mode(False)
+
+    def _fit(self, optimizer: Optimizer, train: Sequence[Any], validation: Sequence[Any]) -> Fit:
         total = self.planned_steps(len(train))
         every = self.training.eval_steps or math.ceil(total / 4)
-        optimizer = make_optimizer(
-            self.parameters(), self.rate, self.training.weight_decay, fused=self.engine.fused_optimizer
-        )
         warmup = int(total * self.training.warmup_ratio)
         schedule = make_schedule(optimizer, total, warmup, self.training.lr_scheduler_type)
         guard = MovementGuard(self.base, self.adapter)
-        if self.training.gradient_checkpointing:
-            self.base.checkpoint_activations()
         result = Fit()
-        self._training_mode(True)
-        # torch 2.13 cannot compile a checkpoint that restores the route.
-        choice = False if self.training.gradient_checkpointing else self.engine.compile
+        # torch 2.13 cannot compile a checkpoint that restores the route; over NF4 it was not tried.
+        uncompiled = self.training.gradient_checkpointing or self.base.quantization is not None
+        choice = False if uncompiled else self.engine.compile
         compiler = LayerCompiler(self.base, choice, self._compiled_key(), self.say)
         compiler.start()
         clock = time.perf_counter()
@@ -207,7 +232,7 @@ class Trainer:
             progress = Progress(result.steps + 1, total)
             self.method.before_step(self.adapter, progress)
             smallest = len(chosen) % self.training.per_device_train_batch_size or len(chosen)
-            loss, norm = compiler.attempt(smallest, partial(self._gradients, chosen), optimizer.zero_grad)
+            loss, norm = compiler.attempt(smallest, partial(self.gradients, chosen), optimizer.zero_grad)
             require_finite(loss, norm, result.steps + 1, [example.place for example in chosen])
             guard.saw_gradients()
             rate = float(schedule.get_last_lr()[0])
@@ -233,7 +258,6 @@ class Trainer:
             clock = time.perf_counter()
         compiler.stop()
         guard.check_still(result.steps)
-        self._training_mode(False)
         if self.training.load_best_model_at_end and self.checkpoints and result.best_step < result.steps:
             checkpoint.read(checkpoint.at(self.checkpoints, result.best_step), self.adapter)
         return result
@@ -258,7 +282,7 @@ class Trainer:
         self.base.model.train(training)
         self.adapter.train(training)
 
-    def _gradients(self, chosen: Sequence[Any]) -> tuple[float, float]:
+    def gradients(self, chosen: Sequence[Any]) -> tuple[float, float]:
         """Clipped gradients of one effective batch; returns its mean loss and the gradient's norm before clipping."""
         size = self.training.per_device_train_batch_size
         passes = [chosen[start : start + size] for start in range(0, len(chosen), size)]
@@ -277,7 +301,9 @@ class Trainer:
             for parameter in self.parameters():
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = self.accelerator.reduce(gradient, "sum")
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.training.max_grad_norm)
+        # Said, since torch would not choose it for the fake tensors of a plan.
+        together = True if self.base.device.type in ("cpu", "cuda") else None
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.training.max_grad_norm, foreach=together)
         return float(total) / weight, float(norm)
 
     def _evaluate(self, validation: Sequence[Any], result: Fit, point: Point, total: int) -> Point:
