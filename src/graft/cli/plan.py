@@ -1,0 +1,253 @@
+"""The command that says what a run will take."""
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graft.cli.shared import Json, given_recipe, run_bar, terminal
+
+if TYPE_CHECKING:
+    from graft.methods.base import Method
+    from graft.planning.machine import Machine
+    from graft.planning.plan import Estimate, Plan
+
+_QLORA = "qlora"
+"""LoRA at every matrix of a base in nf4, with activations recomputed (Dettmers et al. 2023, arXiv 2305.14314)."""
+
+
+def plan(
+    given: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="A YAML recipe; left out with --model or --fits.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="What it must fit in, such as 16GB; else the machine's free memory.")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", "--method", help="Names with commas, or all; qlora is lora on nf4.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="A model by name, such as llama-2-7b, without data or weights.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Plan for a card by name, such as a100-80gb.")] = None,
+    fits: Annotated[
+        str | None, typer.Option("--fits", help="Show what can be tuned in this much memory, such as 16GB.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict memory and time of a run, whether it fits, and what would make it fit. Nothing is loaded or trained."""
+    from graft.errors import UsageError
+    from graft.planning.machine import parse_memory
+
+    settings = list(assignments or [])
+    recipe = given
+    if given is not None and model is not None and "=" in given:
+        recipe, settings = None, [given, *settings]
+    if (recipe is not None) + (model is not None) + (fits is not None) != 1:
+        raise UsageError("give one of a recipe, --model and --fits", "see graft plan --help")
+    if fits is not None:
+        if memory or methods or settings:
+            raise UsageError("--fits takes no methods, settings or memory of its own", "give --device at most")
+        _print_fits(parse_memory(fits), device, as_json)
+        return
+    with run_bar(as_json) as bar:
+        machine = _machine(device, bar)
+        limit = parse_memory(memory) if memory is not None else _free(machine, device)
+        found = _planned(recipe, settings, methods, model, limit, machine, bar)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+    else:
+        _print(found, machine)
+    _check(found)
+
+
+def _machine(device: str | None, bar: Any) -> "Machine":
+    from graft.planning.machine import known, measured
+
+    return known(device) if device is not None else measured(watch=bar)
+
+
+def _free(machine: "Machine", device: str | None) -> int:
+    """What a run may take: the free memory here, or all of a card."""
+    import torch
+
+    from graft.planning.machine import free_memory
+
+    return machine.memory if device is not None else free_memory(torch.device(machine.kind))
+
+
+def _planned(
+    recipe: str | None,
+    assignments: list[str],
+    names: str | None,
+    model: str | None,
+    limit: int,
+    machine: "Machine",
+    bar: Any,
+) -> "Plan":
+    from graft.config import override
+    from graft.planning.plan import plan_model, plan_recipe
+    from graft.recipe import Recipe
+
+    if model is None:
+        assert recipe is not None
+        read = given_recipe(recipe, [*assignments, *_settings(names)])
+        return plan_recipe(read, _chosen(names), limit, machine, bar)
+    settings = override({}, Recipe, [*assignments, *_settings(names)])
+    return plan_model(model, _chosen(names or "lora") or [], settings, limit, machine, bar)
+
+
+def _settings(names: str | None) -> list[str]:
+    """What `qlora` says beside its method."""
+    return ["quantization=nf4", "gradient_checkpointing=true"] if names == _QLORA else []
+
+
+def _chosen(names: str | None) -> "list[Method] | None":
+    from graft.errors import UsageError
+    from graft.methods.base import read_method
+    from graft.planning.plan import every_method
+
+    if names is None:
+        return None
+    if names == "all":
+        return every_method()
+    if names == _QLORA:
+        return [read_method({"name": "lora", "target_modules": ["all-linear"]})]
+    given = [name.strip() for name in names.split(",") if name.strip()]
+    if _QLORA in given:
+        raise UsageError("qlora changes the base, so it is planned alone", "give --method qlora, or quantization=nf4")
+    return [read_method(name) for name in given]
+
+
+def _check(found: "Plan") -> None:
+    """End with 3 where nothing fits, saying what is missing, and with 2 where nothing can be used."""
+    from graft.errors import ResourceError, UsageError
+
+    usable = [estimate for estimate in found.estimates if estimate.error is None]
+    if not usable:
+        raise UsageError(f"{found.estimates[0].label}: {found.estimates[0].error}")
+    assert found.memory is not None
+    if all(estimate.fits is False and estimate.change is None for estimate in usable):
+        least = min(estimate.changed_peak or estimate.peak for estimate in usable)
+        raise ResourceError(
+            f"nothing fits: at least {_size(least)} are needed, {_size(least - found.memory)} more than there are",
+            "take a smaller model, or more memory (--memory, --device)",
+        )
+
+
+# Tables ----------------------------------------------------------------------------------------------
+
+_SHORT = {
+    "weights": "weights", "adapter": "adapter", "gradients": "grads", "optimizer": "optim",
+    "activations": "activ", "logits": "logits",
+}  # fmt: skip
+
+
+def _print(found: "Plan", machine: "Machine") -> None:
+    from rich.table import Table
+
+    screen = terminal()
+    told = found.settings
+    lines = [
+        f"{found.model}: {told['objective']}, {told['precision']}"
+        + (f", base in {told['quantization']}" if told["quantization"] else ""),
+        found.rows,
+        f"passes of {told['micro_batch']} rows, {told['accumulation']} to a step"
+        + (", activations recomputed" if told["gradient_checkpointing"] else ""),
+        f"in {_size(found.memory or 0)}; {found.machine}",
+        *found.notes,
+    ]
+    for line in lines:
+        screen.print(line, highlight=False, markup=False)
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    for name in ("fits", "peak", *_SHORT.values(), "s/step", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for estimate in found.estimates:
+        if estimate.error is None:
+            table.add_row(*_row(estimate))
+    screen.print()
+    screen.print(table)
+    rest = [line for estimate in found.estimates for line in _remarks(estimate)]
+    if rest:
+        screen.print()
+    for line in rest:
+        screen.print(line, highlight=False, markup=False)
+
+
+def _row(estimate: "Estimate") -> list[str]:
+    fits = {True: "yes", False: "no", None: ""}[estimate.fits]
+    kinds = [_size(estimate.kinds[name]) for name in _SHORT]
+    step = "" if estimate.step_seconds is None else f"{estimate.step_seconds:.3g}"
+    run = "" if estimate.run_seconds is None else _time(estimate.run_seconds)
+    return [estimate.label, fits, _size(estimate.peak), *kinds, step, run]
+
+
+def _remarks(estimate: "Estimate") -> list[str]:
+    if estimate.error is not None:
+        return [f"{estimate.label}: {estimate.error}"]
+    lines = []
+    most = max(("training", "evaluation", "saving"), key=lambda stage: estimate.stages.get(stage, 0))
+    if most != "training":
+        lines.append(f"{estimate.label}: {most} takes the most, {_size(estimate.stages[most])} of live tensors")
+    if estimate.fits is False and estimate.change is not None:
+        lines.append(f"{estimate.label} fits, with {_size(estimate.changed_peak or 0)}, by {estimate.change}")
+    elif estimate.fits is False:
+        least = estimate.changed_peak or estimate.peak
+        lines.append(f"{estimate.label} does not fit whatever is changed: it takes at least {_size(least)}")
+    return lines
+
+
+def _print_fits(memory: int, device: str | None, as_json: bool) -> None:
+    from rich.table import Table
+
+    from graft.planning.machine import known
+    from graft.planning.plan import what_fits
+
+    machine = known(device) if device is not None else None
+    with run_bar(as_json) as bar:
+        rows = what_fits(memory, machine, bar)
+    if as_json:
+        typer.echo(json.dumps({"memory": memory, "models": rows}, indent=2))
+        return
+    screen = terminal()
+    screen.print(f"in {_size(memory)}: rows of 512 tokens, one at a time, activations recomputed", highlight=False)
+    screen.print()
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
+    for name in ("model", "parameters", "full", "LoRA", "QLoRA"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for row in rows:
+        cells = [_fit(row.get(way), memory) for way in ("full", "lora", "qlora")]
+        table.add_row(row["model"], _count(row["parameters"]), *cells)
+    screen.print(table)
+
+
+def _fit(size: int | None, memory: int) -> str:
+    if size is None:
+        return "no"
+    return f"{_size(size)} {'yes' if size <= memory else 'no'}"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:,.1f} B" if number >= 1e9 else f"{number / 1e6:,.0f} M"
+
+
+def _size(size: int) -> str:
+    """Bytes in at most five characters."""
+    for unit, letter in ((2**30, "G"), (2**20, "M"), (2**10, "K")):
+        if abs(size) >= unit:
+            number = size / unit
+            return f"{number:.1f}{letter}" if abs(number) < 99.95 else f"{number:,.0f}{letter}"
+    return str(size)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:,.0f} d"

@@ -1,0 +1,390 @@
+"""What a run will take, before it is started: memory by kind, time, whether it fits, and what would make it fit."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from graft.data.load import Splits
+from graft.errors import GraftError, ModelError, NotMergeable, UsageError
+from graft.families import FAMILIES
+from graft.methods.base import Method, methods, read_method
+from graft.model import load_tokenizer
+from graft.objectives.classify import LabelledExample
+from graft.objectives.pretrain import Piece
+from graft.planning.catalogue import config_of, entries
+from graft.planning.live import Work
+from graft.planning.machine import Machine
+from graft.planning.simulate import Job, Rows, Simulation, extrapolate, simulate, step_positions
+from graft.recipe import Recipe
+from graft.train.precision import Precision
+
+RUNTIME = {"cpu": 450 << 20, "cuda": 600 << 20}
+"""Bytes of a process before a model is loaded: Python, torch and transformers on a CPU (measured); on a GPU its context
+and the libraries' work space (an estimate)."""
+ALLOCATOR = {"cpu": 1.0, "cuda": 1.05}
+"""What an allocator takes for a byte that is alive: on a GPU blocks are rounded and leave gaps (an estimate)."""
+WHOLE = 24
+"""Layers that are simulated one by one, of all methods together; with more, each is extrapolated from a few."""
+SHORTEST = 64
+"""Rows are not cut below this many tokens to make a run fit."""
+
+Watch = Callable[[str, float], None]
+"""Called with what is being planned and the share that is done."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one method takes: bytes and seconds."""
+
+    label: str
+    trainable: int = 0
+    parameters: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    """Live tensors at the peak of a training step."""
+    stages: dict[str, int] = field(default_factory=dict)
+    """The peak of live tensors in each stage of a run: training, evaluation, saving, merging."""
+    peak: int = 0
+    """All that a process holds in training, evaluation and saving, with what allocator and libraries take."""
+    step_seconds: float | None = None
+    run_seconds: float | None = None
+    """Of all optimizer steps; evaluation is not in it."""
+    fits: bool | None = None
+    """None where no memory was given."""
+    change: str | None = None
+    """Settings that make it fit, the least intrusive that do."""
+    changed_peak: int | None = None
+    """`peak` with them, or the least that was reached."""
+    error: str | None = None
+    """Why this method cannot be used here."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What methods take on one model, rows and machine."""
+
+    model: str
+    rows: str
+    """What was planned with, in words."""
+    settings: dict[str, Any]
+    machine: str | None
+    memory: int | None
+    estimates: list[Estimate]
+    notes: list[str]
+
+
+def plan_recipe(
+    recipe: Recipe,
+    chosen: Sequence[Method] | None = None,
+    memory: int | None = None,
+    machine: Machine | None = None,
+    watch: Watch | None = None,
+) -> Plan:
+    """What a recipe's own method takes, or each of `chosen`, on its own rows.
+
+    Where the model's tokenizer is not on this machine, the rows are as long as the recipe allows. Raises `ModelError`
+    for an unknown model and what reading the rows raises.
+    """
+    rows, notes = _rows_of(recipe)
+    return _plan(recipe, chosen or [recipe.method or read_method("lora")], rows, notes, memory, machine, watch)
+
+
+def plan_model(
+    model: str,
+    chosen: Sequence[Method],
+    settings: Mapping[str, Any],
+    memory: int | None = None,
+    machine: Machine | None = None,
+    watch: Watch | None = None,
+) -> Plan:
+    """What methods take on a model by name, without data: rows of `data.max_length` tokens (512 when not set), one at a
+    time unless `training` says otherwise. `settings` are a recipe's.
+    """
+    recipe = _bare(model, settings)
+    return _plan(recipe, chosen, _equal_rows(recipe), [], memory, machine, watch)
+
+
+def _bare(model: str, settings: Mapping[str, Any]) -> Recipe:
+    kind = FAMILIES[config_of(model).model_type].kind
+    training = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1} | settings.get("training", {})
+    data = {"train": "rows of equal length", "max_length": 512} | settings.get("data", {})
+    objective = "pretrain" if kind == "decoder" else "classify"
+    given = {"objective": objective, **settings, "model": model, "training": training, "data": data}
+    recipe, _ = Recipe.parse_with_notes(given, "plan")
+    return recipe
+
+
+def _plan(
+    recipe: Recipe,
+    chosen: Sequence[Method],
+    rows: Rows,
+    notes: list[str],
+    memory: int | None,
+    machine: Machine | None,
+    watch: Watch | None,
+) -> Plan:
+    config = config_of(recipe.model)
+    recipe = _for_device(recipe, machine)
+    depth = int(config.num_hidden_layers)
+    deep = depth * len(chosen) > WHOLE
+    if deep:
+        notes = [*notes, f"extrapolated to {depth} layers from models of 4 and 6"]
+    precision = _precision(recipe, machine)
+    found = []
+    for number, method in enumerate(chosen):
+        if watch:
+            watch(method.name, number / len(chosen))
+        job = Job(_without_clash(recipe, method), method, config, precision, rows)
+        found.append(_one(job, memory, machine, deep))
+    training = recipe.training
+    lengths = sorted(len(row) for row in rows.train)
+    told = {
+        "objective": recipe.objective.name,
+        "precision": precision.name,
+        "quantization": recipe.quantization,
+        "micro_batch": training.per_device_train_batch_size,
+        "accumulation": training.gradient_accumulation_steps,
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "layers": depth,
+        "rows": len(lengths),
+        "median_tokens": lengths[len(lengths) // 2],
+        "longest": lengths[-1],
+    }
+    words = f"{len(lengths):,} rows of {told['median_tokens']:,} tokens in the median, {lengths[-1]:,} at most"
+    name = None if machine is None else f"{machine.name} ({machine.source})"
+    return Plan(recipe.model, words, told, name, memory, found, notes)
+
+
+def _one(job: Job, memory: int | None, machine: Machine | None, deep: bool) -> Estimate:
+    reason = job.method.refuses(FAMILIES[job.config.model_type]) or job.recipe.objective.refuses(
+        FAMILIES[job.config.model_type]
+    )
+    if reason is not None:
+        return Estimate(job.method.name, error=reason)
+    if job.recipe.quantization is not None and job.method.in_place:
+        return Estimate(job.method.name, error="trains the base's own weights, and in nf4 none can train")
+    try:
+        found = estimate(job, machine, deep)
+    except (UsageError, ModelError, NotMergeable) as error:
+        return Estimate(job.method.name, error=str(error))
+    if memory is None:
+        return found
+    if found.peak <= memory:
+        return replace(found, fits=True)
+    return replace(found, fits=False, **_made_to_fit(job, memory, machine))
+
+
+def estimate(job: Job, machine: Machine | None, deep: bool = False) -> Estimate:
+    """Memory and time of a job on a machine; without one, memory as on a CPU and no time. `deep`: extrapolated."""
+    found = extrapolate(job) if deep else simulate(job)
+    heaviest = found.heaviest
+    saved = 2 * 4 * found.trainable  # a copy in fp32 of what is saved, and the file as it is written
+    stages = {
+        "training": heaviest.peak.total,
+        "evaluation": found.evaluation.total + heaviest.at_rest.kinds["optimizer"],
+        "saving": heaviest.at_rest.total + saved,
+    }
+    kind = "cpu" if machine is None else machine.kind
+    peak = round(max(stages.values()) * ALLOCATOR[kind]) + RUNTIME[kind]
+    if found.merging is not None:
+        stages["merging"] = found.merging.total
+    step, run = _times(job, found, machine)
+    kinds = {str(name): size for name, size in heaviest.peak.kinds.items()}
+    return Estimate(job.method.name, found.trainable, found.parameters, kinds, stages, peak, step, run)
+
+
+def _times(job: Job, found: Simulation, machine: Machine | None) -> tuple[float | None, float | None]:
+    """Seconds of the mean step, and of all steps."""
+    if machine is None:
+        return None, None
+    training = job.recipe.training
+    passes = training.gradient_accumulation_steps / min(2, training.gradient_accumulation_steps)
+    known = {size * passes: passes * seconds_of(machine, step.passes) for size, step in found.steps.items()}
+    update = seconds_of(machine, found.heaviest.update)
+    sizes = step_positions(job)
+    mean = sum(_between(size, known) for size in sizes) / len(sizes) + update
+    steps = max(1, round(len(sizes) * training.num_train_epochs))
+    return mean, mean * min(steps, training.max_steps or steps)
+
+
+def seconds_of(machine: Machine, works: Mapping[Work, int]) -> float:
+    """Time of operations one after another, each so often."""
+    return sum(count * machine.seconds(work.flops, work.moved, work.dtype) for work, count in works.items())
+
+
+def _between(size: float, known: Mapping[float, float]) -> float:
+    """Time of a batch of so many positions, on the line through two that are known, or in proportion to one."""
+    (large, slow), (small, quick) = max(known.items()), min(known.items())
+    if large == small:
+        return slow * size / large
+    return max(quick * size / small / 2, quick + (slow - quick) * (size - small) / (large - small))
+
+
+# Rows ------------------------------------------------------------------------------------------------
+
+
+def _rows_of(recipe: Recipe) -> tuple[Rows, list[str]]:
+    """The recipe's rows as its objective reads them."""
+    splits: Splits = recipe.objective.load(recipe.data)
+    try:
+        tokenizer = load_tokenizer(recipe.model)
+    except GraftError:
+        config_of(recipe.model)
+        rows = _equal_rows(recipe, len(splits.train), splits.labels)
+        return rows, [f"the tokenizer of {recipe.model} is not here, so every row counts as {recipe.max_length} tokens"]
+    read = [
+        recipe.objective.examples(part, tokenizer, splits.labels, recipe.max_length)
+        for part in (splits.train, splits.validation)
+    ]
+    return Rows(read[0], read[1], splits.labels, tokenizer), []
+
+
+def _equal_rows(recipe: Recipe, count: int | None = None, labels: tuple[str, ...] = ("no", "yes")) -> Rows:
+    """Rows of the longest length that the recipe allows."""
+    training = recipe.training
+    effective = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    return Rows(_equal(recipe, count or effective), _equal(recipe, training.per_device_eval_batch_size), labels)
+
+
+def _equal(recipe: Recipe, count: int) -> list[Any]:
+    length = recipe.max_length
+    if recipe.objective.unit == "labelled":
+        return [LabelledExample([1] * length, None, 0, f"row {number}") for number in range(count)]
+    return [Piece([1] * length, f"row {number}", number) for number in range(count)]
+
+
+# What would make it fit ------------------------------------------------------------------------------
+
+
+def _made_to_fit(job: Job, memory: int, machine: Machine | None) -> dict[str, Any]:
+    """The first change with which a job fits, by name; none, with the least that was reached, where nothing helps."""
+    least = 0
+    for words, changed in changes(job):
+        try:
+            found = estimate(changed, machine, deep=True)
+        except (UsageError, ModelError, NotMergeable):
+            continue
+        if found.peak <= memory:
+            return {"change": words, "changed_peak": found.peak}
+        least = min(least or found.peak, found.peak)
+    return {"changed_peak": least or None}
+
+
+def changes(job: Job) -> Iterator[tuple[str, Job]]:
+    """Jobs that take less, the least intrusive first: what leaves results as they are before what changes them.
+
+    Smaller passes with as many rows to a step; recomputed activations; both; a quantized base; with all of these;
+    shorter rows beside; another method with all of these.
+    """
+    training = job.recipe.training
+    size, passes = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    smaller: list[dict[str, Any]] = []
+    while size > 1:
+        size, passes = -(-size // 2), passes * 2
+        smaller.append({"per_device_train_batch_size": size, "gradient_accumulation_steps": passes})
+    for values in smaller:
+        yield _words(values), _changed(job, values)
+    least = smaller[-1] if smaller else {}
+    again = {} if training.gradient_checkpointing else {"gradient_checkpointing": True}
+    if again:
+        yield _words(again), _changed(job, again)
+        if smaller:
+            yield _words(least | again), _changed(job, least | again)
+    everything, told = _changed(job, least | again), least | again
+    if job.recipe.quantization is None and not job.method.in_place:
+        yield "quantization=nf4", _quantized(job)
+        everything, told = _quantized(everything), {"quantization": "nf4"} | told
+        yield _words(told), everything
+    cut = job.recipe.max_length // 2
+    while cut >= SHORTEST:
+        yield _words(told | {"max_length": cut}), _shortened(everything, cut)
+        cut //= 2
+    if job.method.in_place or job.recipe.quantization is None:
+        lora = read_method("lora")
+        base = _quantized(_changed(replace(job, method=lora), least | again))
+        yield _words({"method": "lora", "quantization": "nf4"} | least | again), base
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    return " ".join(
+        f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()
+    )
+
+
+def _changed(job: Job, training: Mapping[str, Any]) -> Job:
+    """The job with other settings of training."""
+    recipe = job.recipe
+    values: dict[str, Any] = {"training": recipe.training.model_copy(update=dict(training))}
+    return replace(job, recipe=recipe.model_copy(update=values))
+
+
+def _quantized(job: Job) -> Job:
+    return replace(job, recipe=job.recipe.model_copy(update={"quantization": "nf4"}))
+
+
+def _shortened(job: Job, length: int) -> Job:
+    """The job with rows of at most so many tokens."""
+    recipe = job.recipe.model_copy(update={"data": job.recipe.data.model_copy(update={"max_length": length})})
+    rows = [_equal(recipe, len(part)) for part in (job.rows.train, job.rows.validation)]
+    return replace(job, recipe=recipe, rows=Rows(rows[0], rows[1], job.rows.labels, job.rows.tokenizer))
+
+
+def _without_clash(recipe: Recipe, method: Method) -> Recipe:
+    """The recipe with this method alone."""
+    return recipe.model_copy(update={"method": method})
+
+
+def _precision(recipe: Recipe, machine: Machine | None) -> Precision:
+    choice = recipe.training.precision
+    if choice != "auto":
+        return Precision(torch.bfloat16 if choice == "bf16" else torch.float32, "set in the recipe")
+    return machine.precision if machine is not None else Precision(torch.bfloat16, "as most machines for training")
+
+
+def _for_device(recipe: Recipe, machine: Machine | None) -> Recipe:
+    """On a GPU torch's fused attention and dropout, as the engine chooses there."""
+    if machine is None or machine.kind == "cpu":
+        return recipe
+    engine = recipe.engine.model_copy(update={"attention": "sdpa", "cheaper_dropout": False})
+    return recipe.model_copy(update={"engine": engine})
+
+
+# What fits -------------------------------------------------------------------------------------------
+
+LADDER = (
+    "smollm2-135m", "qwen2.5-0.5b", "llama-3.2-1b", "llama-3.2-3b", "mistral-7b", "llama-3-8b", "llama-2-13b",
+    "qwen2.5-32b", "llama-65b", "llama-3-70b", "llama-3.1-405b",
+)  # fmt: skip
+"""Models of `what_fits`, by size."""
+
+
+def what_fits(memory: int, machine: Machine | None = None, watch: Watch | None = None) -> list[dict[str, Any]]:
+    """Models of the catalogue by size, with the memory that full tuning, LoRA and QLoRA take of each: rows of 512
+    tokens, one at a time, activations recomputed. Larger models than the first that does not fit are left out.
+    """
+    ways: dict[str, tuple[str, str | None]] = {"full": ("full", None), "lora": ("lora", None), "qlora": ("lora", "nf4")}
+    going, table = set(ways), []
+    for number, name in enumerate(LADDER):
+        row: dict[str, Any] = {"model": name, "parameters": entries()[name].parameters}
+        for way, (method, quantization) in ways.items():
+            if way not in going:
+                continue
+            if watch:
+                watch(f"{name}, {way}", number / len(LADDER))
+            settings = {"quantization": quantization, "training": {"gradient_checkpointing": True}}
+            recipe = _bare(name, settings | {"method": method})
+            job = Job(_for_device(recipe, machine), read_method(method), config_of(name), _precision(recipe, machine),
+                      _equal_rows(recipe))  # fmt: skip
+            row[way] = estimate(job, machine, deep=True).peak
+            if row[way] > memory:
+                going.discard(way)
+        table.append(row)
+        if not going:
+            break
+    return table
+
+
+def every_method() -> list[Method]:
+    """All methods with their defaults."""
+    return [read_method(name) for name in methods()]
