@@ -25,8 +25,8 @@ def weights(recipe: str, assignments: list[str]) -> dict[str, int]:
     """Bytes of a base as a run holds it: of the matrices inside the layers, and of everything."""
     import torch
 
+    from graft.build import load_for
     from graft.recipe import read_recipe
-    from graft.run import load_for
     from graft.sites import Packed
     from graft.train.precision import choose
 

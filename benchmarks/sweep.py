@@ -16,9 +16,9 @@ import torch
 import yaml
 from accelerate.utils import set_seed
 
+from graft.build import ADAPTER, build_adapter, load_for
 from graft.methods.base import read_method
 from graft.recipe import Recipe, read_recipe
-from graft.run import ADAPTER, build_adapter, load_for
 from graft.train.loop import Trainer, make_accelerator
 from graft.train.precision import choose
 

@@ -20,12 +20,13 @@ import yaml
 
 from graft import __version__, cli
 from graft import compare as comparing
+from graft.build import build_adapter
 from graft.cli import commands as command_line
 from graft.methods.base import methods
 from graft.model import load_base
 from graft.objectives.classify import Classify
 from graft.recipe import Recipe
-from graft.run import build_adapter, execute
+from graft.run import execute
 from graft.runfolder import RunFolder
 
 PYTHON = [sys.executable, "-m", "graft"]

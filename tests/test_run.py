@@ -23,6 +23,7 @@ from transformers.models.bert.modeling_bert import BertSelfAttention
 from graft import run as running
 from graft import runfolder
 from graft.assess import LabelAssessor
+from graft.build import ADAPTER, build_adapter
 from graft.data.batch import training_batches
 from graft.data.load import read_all
 from graft.errors import DamagedError, DataError, GraftError, GuardError, RecipeError, ResourceError, UsageError
@@ -34,7 +35,7 @@ from graft.objectives.classify import Classify
 from graft.parts.attach import detach
 from graft.parts.lowrank import LoraPart
 from graft.recipe import Recipe
-from graft.run import ADAPTER, build_adapter, evaluate_run, execute
+from graft.run import evaluate_run, execute
 from graft.runfolder import RunFolder, list_runs
 from graft.train import checkpoint
 from graft.train.guards import MovementGuard, digest
@@ -1076,7 +1077,7 @@ def test_run_folder_lists_itself(done):
 def test_a_pair_that_cannot_work_is_refused_before_the_model_loads(place, tmp_path, monkeypatch):
     recipe = tiny.recipe(place, method="lora")
     monkeypatch.setattr(type(recipe.method), "refuses", classmethod(lambda cls, family: f"not on an {family.kind}"))
-    monkeypatch.setattr("graft.run.load_base", lambda *args, **more: pytest.fail("loaded"))
+    monkeypatch.setattr("graft.build.load_base", lambda *args, **more: pytest.fail("loaded"))
     with pytest.raises(UsageError, match=r"lora cannot work on .*: not on an encoder"):
         execute(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -14,9 +14,9 @@ from benchmarks.speed.gauge import Clock, Counter, held_out, step_ms
 
 def run(folder: Path, seed: int, assignments: Sequence[str] = ()) -> dict[str, Any]:
     """Train as `graft train` does and measure it; `assignments` go over the recipe."""
+    from graft.build import build_adapter, load_for, prepare
     from graft.measure import PeakMemory
     from graft.model import load_tokenizer
-    from graft.run import build_adapter, load_for, prepare
     from graft.train.loop import Point, Trainer
 
     work, _ = works.read(folder)
@@ -84,10 +84,10 @@ def _held_out(
     recipe: Any, labels: tuple[str, ...], adapter: Any, rows: Sequence[dict[str, Any]], device: torch.device
 ) -> dict[str, float]:
     """The trained tensors in a base that is loaded anew, in fp32."""
+    from graft.build import ADAPTER, build_adapter
     from graft.model import load_base
     from graft.parts.attach import hidden_states
     from graft.parts.head import scores
-    from graft.run import ADAPTER, build_adapter
 
     fresh = load_base(recipe.model)
     fresh.model.to(device)

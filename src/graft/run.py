@@ -11,31 +11,25 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 
 from graft.assess import Assessor, assessor, by_rank, check_probes
+from graft.build import ADAPTER, build_adapter, check_positions, head_parameters, load_for, prepare
 from graft.data.load import Splits, read_rows, rows_of
-from graft.engine import runtime
 from graft.errors import DamagedError, RecipeError, UsageError
 from graft.files import write_json, write_text
 from graft.measure import PeakMemory, environment
 from graft.methods import store
 from graft.methods.base import Method, check_pairs
-from graft.model import Base, load_base, load_tokenizer
+from graft.model import Base, load_tokenizer
 from graft.objectives.base import Example
-from graft.parts.attach import attach, detach
-from graft.parts.attention import choose_kernels
+from graft.parts.attach import detach
 from graft.parts.base import Adapter
-from graft.quantize import described, quantize, require_bitsandbytes
+from graft.quantize import described, require_bitsandbytes
 from graft.recipe import Recipe
 from graft.runfolder import RunFolder, find_run
 from graft.stats import interval
-from graft.train.loop import Fit, Point, Trainer, make_accelerator
-from graft.train.optim import check_optimizer
-from graft.train.precision import Precision, choose
-
-ADAPTER = "tuned"
-"""The name under which a run attaches what it trains."""
+from graft.train.loop import Fit, Point, Trainer
+from graft.train.precision import Precision
 
 Watch = Callable[[str, float], None]
 """Called with what a run is doing and the share of the whole run that is done, 0 to 1."""
@@ -103,37 +97,6 @@ def execute(
     return report
 
 
-def prepare(recipe: Recipe) -> tuple[Accelerator, Precision]:
-    """Set the process and the random numbers up for a run: devices, and the number format it multiplies in."""
-    if recipe.engine.keep_memory:
-        runtime.keep_freed_memory()
-    set_seed(recipe.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_optimizer(recipe.training.optimizer, device)
-    precision = choose(recipe.training.precision, device)
-    return make_accelerator(precision.name), precision
-
-
-def load_for(recipe: Recipe, precision: Precision, device: torch.device) -> Base:
-    """The recipe's base. Frozen weights are kept in the format of the products; weights that train in place in fp32.
-
-    Quantized before it goes to a device, so that the device never holds more, and every machine has the same bytes.
-    """
-    in_place = recipe.method is not None and recipe.method.in_place
-    base = load_base(recipe.model, dtype=torch.float32 if in_place else precision.dtype)
-    return fit_out(base, recipe, device)
-
-
-def fit_out(base: Base, recipe: Recipe, device: torch.device) -> Base:
-    """A base as the recipe wants it: quantized, on its device, with the engine's kernels."""
-    if recipe.quantization is not None:
-        quantize(base)
-    base.model.to(device)  # type: ignore[arg-type]
-    if recipe.engine.attention == "auto":
-        choose_kernels(base)
-    return base
-
-
 def _record_environment(run: _Run, base: Base) -> None:
     data = {"sha256": run.splits.sha256, "notes": list(run.splits.notes)}
     model = {"name": base.name, "fingerprint": base.fingerprint, "parameters": base.parameter_count()}
@@ -184,7 +147,7 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
     base = load_for(run.recipe, run.precision, run.accelerator.device)
     _record_environment(run, base)
     adapter = build_adapter(run.recipe, method, base, run.splits.labels)
-    _check_positions(base, adapter, run.recipe.max_length)
+    check_positions(base, adapter, run.recipe.max_length)
     for line in preflight(method, base, adapter, train, run.precision):
         tell(line)
 
@@ -239,32 +202,6 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
         "best_step": fitted.best_step,
         "steps": fitted.steps,
     }
-
-
-def head_parameters(adapter: Adapter) -> list[torch.nn.Parameter]:
-    """The parameters of an adapter's task head."""
-    return [] if adapter.head is None else list(adapter.head.parameters())
-
-
-def build_adapter(recipe: Recipe, method: Method, base: Base, labels: tuple[str, ...]) -> Adapter:
-    """The recipe's adapter, with the objective's head, attached; the seed decides its starting values."""
-    set_seed(recipe.seed)
-    adapter = method.build(base, ADAPTER)
-    recipe.objective.prepare(base, adapter, labels)
-    attach(base, adapter)
-    return adapter
-
-
-def _check_positions(base: Base, adapter: Adapter | None, max_length: int) -> None:
-    virtual = 0
-    if adapter is not None:
-        virtual = adapter.positions + sum(part.positions for part in adapter.virtual_parts())
-    if base.max_positions is not None and max_length + virtual > base.max_positions:
-        what = f"{max_length} and {virtual} virtual tokens exceed" if virtual else f"{max_length} exceeds"
-        raise UsageError(
-            f"max_length {what} the {base.max_positions} positions of {base.name}",
-            "shorten one of them",
-        )
 
 
 def preflight(
@@ -347,7 +284,7 @@ def _measure_base(run: _Run) -> dict[str, Any]:
     measuring.prepare(load_tokenizer(run.recipe.model), run.say)
     run.watch("loading the base", 0.0)
     base = load_for(run.recipe, run.precision, run.accelerator.device)
-    _check_positions(base, None, run.recipe.max_length)
+    check_positions(base, None, run.recipe.max_length)
     _record_environment(run, base)
     figures = measuring.untouched(base)
     costs = dict.fromkeys(("peak_memory_bytes", "train_seconds", "examples_per_second", "learning_rate"))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from graft.build import ADAPTER, build_adapter, fit_out
 from graft.data.batch import evaluation_batches, training_batches
 from graft.decoding import Decoder
 from graft.errors import NotMergeable
@@ -24,7 +25,6 @@ from graft.planning.live import Peak, Work
 from graft.planning.step import Step, watched, watched_step
 from graft.recipe import Recipe
 from graft.routing import Route
-from graft.run import ADAPTER, build_adapter, fit_out
 from graft.train.loop import Trainer, make_accelerator
 from graft.train.precision import Precision
 
