@@ -148,7 +148,7 @@ def test_accumulated_gradients_are_equal(packing):
             per_device_train_batch_size=16 // passes, gradient_accumulation_steps=passes, max_grad_norm=1e9
         )
         trainer = Trainer(base, adapter, Instruct(packing=packing), training, 1e-3, 1, make_accelerator("fp32"))
-        loss, _ = trainer._gradients(rows)
+        loss, _ = trainer.gradients(rows)
         found.append((loss, [parameter.grad.clone() for parameter in trainer.parameters()]))
     for loss, grads in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-5)

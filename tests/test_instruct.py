@@ -10,7 +10,6 @@ import tiny_chat
 import tiny_gpt2
 import torch
 
-from graft import run as running
 from graft.compare import compare
 from graft.data.dialogue import Message
 from graft.data.load import DataConfig, load_splits
@@ -157,7 +156,7 @@ def dialogue(user: str, assistant: str) -> dict[str, Any]:
 
 
 def test_d12_rows_that_train_nothing_stop_the_run_before_the_weights(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("graft.build.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
     rows = tiny_chat.rows(30, 3) + [dialogue(f"the sea {number}?", "wide " * 200) for number in range(3)]
 
     with pytest.raises(
@@ -439,7 +438,7 @@ def test_probes_that_cannot_be_read_are_found_before_training(tmp_path, monkeypa
     texts = [{"text": f"the sea is wide and {row['messages'][0]['content']}"} for row in tiny_chat.rows(48, 4)]
     data = {"train": str(tiny_chat.write_rows(tmp_path / "texts.jsonl", texts))}
     settings = tiny_chat.settings(folder, objective="pretrain", data=data, forgetting=["task:gcd:size=5"])
-    monkeypatch.setattr(running, "load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("graft.build.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
     with pytest.raises(UsageError, match="chat_template"):
         execute(Recipe.parse(settings), tmp_path / "run")
 

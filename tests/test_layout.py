@@ -25,7 +25,7 @@ ORDER_WITHIN = {
     "parts": ["base", "attention", "tokens", "attach", "own", "lowrank", "bypass", "prefix", "experts", "head"],
     "methods": ["folder", "base", "linears", "lowrank", "mixture", "attended", "virtual", "*", "store", "table"],
     "objectives": ["base", "causal", "*"],
-    "planning": ["fake", "live", "step", "catalogue", "machine", "simulate", "plan"],
+    "planning": ["fake", "live", "step", "catalogue", "machine", "simulate", "plan", "preflight"],
     "cli": ["shared", "runs", "look", "hardware", "plan", "data", "chat", "commands"],
     "train": ["precision", "optim", "guards", "checkpoint", "loop"],
 }

@@ -29,11 +29,14 @@ from graft.data.load import read_all
 from graft.errors import DamagedError, DataError, GraftError, GuardError, RecipeError, ResourceError, UsageError
 from graft.evaluate import retrieval_probe
 from graft.methods.base import methods
-from graft.model import load_base
+from graft.model import load_base, load_tokenizer
 from graft.objectives.base import Loss, Result
 from graft.objectives.classify import Classify
 from graft.parts.attach import detach
 from graft.parts.lowrank import LoraPart
+from graft.planning.catalogue import config_of
+from graft.planning.preflight import forecast
+from graft.planning.simulate import Rows
 from graft.recipe import Recipe
 from graft.run import evaluate_run, execute
 from graft.runfolder import RunFolder, list_runs
@@ -41,6 +44,7 @@ from graft.train import checkpoint
 from graft.train.guards import MovementGuard, digest
 from graft.train.loop import Point, Trainer, Training, make_accelerator
 from graft.train.optim import make_optimizer, make_schedule, share_of_peak
+from graft.train.precision import choose
 
 RATES = dict.fromkeys(methods(), 1e-2)
 RATES |= {"full": 2e-3, "frozen": 2e-3, "lora": 2e-2, "prefix": 5e-2, "prompt": 5e-2, "ptuning_v2": 5e-2}
@@ -160,6 +164,7 @@ FIELDS = {
     "method", "quality", "quality_low", "quality_high", "trainable_parameters", "trainable_fraction",
     "peak_memory_bytes", "train_seconds", "examples_per_second", "adapter_bytes", "latency_ms", "merged_latency_ms",
     "learning_rate", "curve", "probes", "transfer", "by_rank", "metric", "figures", "forgetting_unit",
+    "expected_memory_bytes", "expected_seconds", "pass_rows",
 }  # fmt: skip
 
 
@@ -479,7 +484,7 @@ def test_gradient_checkpointing_changes_memory_only(done, tmp_path, monkeypatch,
 
     monkeypatch.setattr(BertSelfAttention, "forward", count)
     recipe = done[name].recipe
-    training = recipe.training.model_copy(update={"gradient_checkpointing": True})
+    training = recipe.training.model_copy(update={"gradient_checkpointing": True, "preflight": False})
     report = execute(recipe.model_copy(update={"training": training}), tmp_path / "run")
     assert calls == 30 * 2 * 2  # two layers, in each of the 30 steps, and again in the backward pass
     assert report["quality"] == done[name].report["quality"]
@@ -491,7 +496,9 @@ def test_gradient_checkpointing_changes_memory_only(done, tmp_path, monkeypatch,
 
 
 def spoil(monkeypatch, change: Any) -> None:
-    """Put `change(base, loss, step)` around the loss; steps count from 1."""
+    """Put `change(base, loss, step)` around the loss; steps count from 1, without a preflight."""
+    monkeypatch.setattr(Trainer, "rehearse", lambda self, train: None)
+    monkeypatch.setattr("graft.run.forecast", lambda *given: None)
     original, step = Classify.loss, 0
 
     def loss(self: Any, base: Any, examples: Any, route: Any) -> Loss:
@@ -906,7 +913,7 @@ def test_damaged_status_is_named(place, tmp_path):
     ],
 )
 def test_bad_setting_leaves_nothing(place, tmp_path, monkeypatch, more, what):
-    monkeypatch.setattr(Trainer, "_gradients", no_training)
+    monkeypatch.setattr(Trainer, "gradients", no_training)
     recipe = tiny.recipe(place, **more)
     if what is None:  # that the tiny base has a pooler, so that the cases above fail for their own reason
         with pytest.raises(AssertionError, match="trained again"):
@@ -1109,3 +1116,95 @@ def test_a_method_that_would_train_the_head_alone_is_refused(place, tmp_path, na
 def test_scales_at_keys_alone_train_and_load(place, tmp_path):
     recipe = tiny.recipe(place, method={"name": "ia3", "target_modules": ["attn.k"]}, training={"max_steps": 3})
     assert execute(recipe, tmp_path / "run")["method"] == "ia3"
+
+
+# Preflight ----------------------------------------------------------------------------------------
+
+
+def small_memory(monkeypatch, rows: int) -> list[int]:
+    """Passes of more than so many rows run out of memory; gives the rows of every pass that was tried."""
+    original, tried = Classify.loss, []
+
+    def loss(self: Any, base: Any, examples: Any, route: Any) -> Loss:
+        tried.append(len(examples))
+        if len(examples) > rows:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+        return original(self, base, examples, route)
+
+    monkeypatch.setattr(Classify, "loss", loss)
+    return tried
+
+
+def test_a_rehearsal_leaves_no_trace(done, place, tmp_path):
+    recipe = done["lora"].recipe
+    training = recipe.training.model_copy(update={"preflight": False})
+    report = execute(recipe.model_copy(update={"training": training}), tmp_path / "run")
+    assert tensors(tmp_path / "run") == tensors(done["lora"].folder)
+    assert (report["expected_memory_bytes"], report["pass_rows"]) == (None, 16)
+    assert done["lora"].report["expected_memory_bytes"] > 1 << 20
+    assert "expected at the peak of a step: " in (done["lora"].folder / "log.txt").read_text("utf-8")
+
+
+@pytest.mark.parametrize("rows", [15, 4, 1])
+def test_passes_get_smaller_when_memory_runs_out(done, place, tmp_path, monkeypatch, rows):
+    """Each step has the same rows: with a loss that is a sum, the same gradient too."""
+    monkeypatch.setattr("graft.run.forecast", lambda *given: None)  # it would meet the planted error as well
+    tried = small_memory(monkeypatch, rows)
+    report = execute(done["lora"].recipe, tmp_path / "run")
+    fitting = {15: 8, 4: 4, 1: 1}[rows]
+    assert tried[: tried.index(fitting)] == [size for size in (16, 8, 4, 2) if size > fitting]
+    assert max(tried[tried.index(fitting) :]) == report["pass_rows"] == fitting
+    log = (tmp_path / "run" / "log.txt").read_text("utf-8")
+    assert f"out of memory: passes of {fitting} rows from here on, each step has the same rows" in log
+    plain, again = (lines(folder / "metrics.jsonl") for folder in (done["lora"].folder, tmp_path / "run"))
+    assert [point["examples"] for point in again] == [point["examples"] for point in plain]
+    assert again[0]["train_loss"] == pytest.approx(plain[0]["train_loss"], rel=0.1)  # other dropout draws
+
+
+def test_memory_that_is_too_little_for_one_row(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("graft.run.forecast", lambda *given: None)
+    small_memory(monkeypatch, 0)
+    message = fails(ResourceError, 3, tiny.recipe(place), tmp_path / "run")
+    assert re.match(r"out of memory with one row of \d+ tokens at a time; gradient_checkpointing=true, ", message)
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_memory_that_runs_out_later(place, monkeypatch):
+    made, train, validation = trainer(tiny.recipe(place), max_steps=3, per_device_train_batch_size=8)
+    made.training = made.training.model_copy(update={"preflight": False})
+    whole, train_, validation_ = trainer(tiny.recipe(place), max_steps=3, per_device_train_batch_size=8)
+    expected = whole.fit(train_, validation_)
+    calls, original = 0, made.objective.loss
+
+    def loss(self: Any, base: Any, examples: Any, route: Any) -> Loss:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(base, examples, route)
+
+    monkeypatch.setattr(Classify, "loss", loss)
+    found = made.fit(train, validation)
+    assert made.pass_rows == 4
+    losses = [point.train_loss for point in found.points]
+    assert losses == pytest.approx([point.train_loss for point in expected.points], rel=1e-5)
+
+
+def test_a_forecast_cuts_passes_that_would_not_fit(place):
+    recipe = tiny.recipe(place)
+    splits = recipe.objective.load(recipe.data)
+    tokenizer = load_tokenizer(recipe.model)
+    train = recipe.objective.examples(splits.train, tokenizer, splits.labels, recipe.max_length)
+    given = (recipe, recipe.method, config_of(recipe.model), choose("fp32", torch.device("cpu")))
+    rows = Rows(train, [], splits.labels)
+    plenty = forecast(*given, rows, free=lambda: 1 << 40)
+    assert plenty is not None
+    assert plenty.pass_rows == recipe.training.per_device_train_batch_size
+    least = forecast(*given, rows, free=lambda: 1)
+    assert least is not None
+    assert least.pass_rows == 1
+    assert least.lines[-1] == "that does not fit: `graft plan` says what would"
+    some = forecast(*given, rows, free=lambda: sum(plenty.kinds.values()) - 1)
+    assert some is not None
+    assert some.pass_rows == plenty.pass_rows // 2
+    assert sum(least.kinds.values()) < sum(some.kinds.values()) < sum(plenty.kinds.values())

@@ -24,6 +24,9 @@ from graft.model import Base, load_tokenizer
 from graft.objectives.base import Example
 from graft.parts.attach import detach
 from graft.parts.base import Adapter
+from graft.planning.catalogue import config_of
+from graft.planning.preflight import Forecast, forecast
+from graft.planning.simulate import Rows
 from graft.quantize import described, require_bitsandbytes
 from graft.recipe import Recipe
 from graft.runfolder import RunFolder, find_run
@@ -143,6 +146,7 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
         say(line)
 
     train, validation, measuring = _read_rows(run, tell)
+    expected = _forecast(run, method, train, tell)
     run.watch("loading the base", 0.0)
     base = load_for(run.recipe, run.precision, run.accelerator.device)
     _record_environment(run, base)
@@ -169,10 +173,11 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
         record=record,
         progress=lambda phase, step, total: run.watch(f"{phase}, step {step} of {total}", _TRAINED * step / total),
         engine=run.recipe.engine,
-        say=run.say,
+        say=tell,
+        pass_rows=0 if expected is None else expected.pass_rows,
     )
     fitted = trainer.fit(train, validation)
-    peak = memory.bytes()
+    peak, rows_of_pass = memory.bytes(), trainer.pass_rows
     run.watch("saving the adapter", _TRAINED)
     saved = run.folder.path / "adapter"
     unserved = store.save(adapter, base, saved, template=run.recipe.objective.template(base.tokenizer))
@@ -194,7 +199,10 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
         "trainable_parameters": trainable,
         "trainable_fraction": trainable / total,
         "peak_memory_bytes": peak,
+        "expected_memory_bytes": None if expected is None else expected.memory,
         "train_seconds": fitted.seconds,
+        "expected_seconds": None if expected is None else expected.seconds,
+        "pass_rows": rows_of_pass,
         "examples_per_second": fitted.examples / fitted.seconds,
         "adapter_bytes": store.size(saved),
         "learning_rate": method.rate(fresh),
@@ -202,6 +210,18 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
         "best_step": fitted.best_step,
         "steps": fitted.steps,
     }
+
+
+def _forecast(run: _Run, method: Method, train: Sequence[Any], tell: Callable[[str], None]) -> Forecast | None:
+    """What the run is expected to take, told before its base is loaded."""
+    if not run.recipe.training.preflight or run.accelerator.num_processes > 1:
+        return None
+    run.watch("planning", 0.0)
+    rows = Rows(train, [], run.splits.labels)
+    expected = forecast(run.recipe, method, config_of(run.recipe.model), run.precision, rows)
+    for line in ["this recipe cannot be planned ahead"] if expected is None else expected.lines:
+        tell(line)
+    return expected
 
 
 def preflight(
@@ -287,7 +307,8 @@ def _measure_base(run: _Run) -> dict[str, Any]:
     check_positions(base, None, run.recipe.max_length)
     _record_environment(run, base)
     figures = measuring.untouched(base)
-    costs = dict.fromkeys(("peak_memory_bytes", "train_seconds", "examples_per_second", "learning_rate"))
+    expected = ("expected_memory_bytes", "expected_seconds", "pass_rows")
+    costs = dict.fromkeys(("peak_memory_bytes", "train_seconds", "examples_per_second", "learning_rate", *expected))
     nothing = {"trainable_parameters": 0, "trainable_fraction": 0.0, "adapter_bytes": 0, "curve": [], "by_rank": {}}
     return _quality(run, figures) | {"method": "base"} | costs | nothing
 

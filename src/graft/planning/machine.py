@@ -166,8 +166,7 @@ def measured(again: bool = False, watch: Watch | None = None, say: Callable[[str
     """
     tell = say or (lambda line: print(line, file=sys.stderr, flush=True))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    here = environment()
-    key = f"{here['cpu']}, {here['cores']} cores, {here['threads']} threads, {here['device']}, torch {here['torch']}"
+    here, key = environment(), _key()
     file = cache_dir() / "machine.json"
     kept = _read(file, tell)
     rates = None if again else kept.get(key)
@@ -184,6 +183,17 @@ def measured(again: bool = False, watch: Watch | None = None, say: Callable[[str
         source=f"measured on {rates['date']}, torch {here['torch']}", precision=choose("auto", device),
         cores=here["cores"], threads=here["threads"],
     )  # fmt: skip
+
+
+def _key() -> str:
+    here = environment()
+    return f"{here['cpu']}, {here['cores']} cores, {here['threads']} threads, {here['device']}, torch {here['torch']}"
+
+
+def remembered() -> Machine | None:
+    """This machine where it was measured before; None where it was not, since that takes a while."""
+    kept = _read(cache_dir() / "machine.json", lambda line: None)
+    return measured() if _key() in kept else None
 
 
 def _curves(kept: Mapping[str, Any]) -> dict[str, Curve]:

@@ -175,9 +175,11 @@ def _one(job: Job, memory: int | None, machine: Machine | None, deep: bool) -> E
     return replace(found, fits=False, **_made_to_fit(job, memory, machine))
 
 
-def estimate(job: Job, machine: Machine | None, deep: bool = False) -> Estimate:
-    """Memory and time of a job on a machine; without one, memory as on a CPU and no time. `deep`: extrapolated."""
-    found = extrapolate(job) if deep else simulate(job)
+def estimate(job: Job, machine: Machine | None, deep: bool = False, beside: bool = True) -> Estimate:
+    """Memory and time of a job on a machine; without one, memory as on a CPU and no time. `deep`: extrapolated;
+    `beside`: evaluation and merging too.
+    """
+    found = extrapolate(job, beside) if deep else simulate(job, beside=beside)
     heaviest = found.heaviest
     saved = 2 * 4 * found.trainable  # a copy in fp32 of what is saved, and the file as it is written
     stages = {

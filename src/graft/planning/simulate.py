@@ -1,16 +1,20 @@
 """A run on fake tensors: its training step, evaluation and merging, without weights and without memory."""
 
 import copy
+import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+import numpy
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from graft.build import ADAPTER, build_adapter, fit_out
+from graft.build import ADAPTER, build_adapter, check_positions, fit_out
 from graft.data.batch import evaluation_batches, training_batches
 from graft.decoding import Decoder
 from graft.errors import NotMergeable
@@ -25,7 +29,7 @@ from graft.planning.live import Peak, Work
 from graft.planning.step import Step, watched, watched_step
 from graft.recipe import Recipe
 from graft.routing import Route
-from graft.train.loop import Trainer, make_accelerator
+from graft.train.loop import Trainer
 from graft.train.precision import Precision
 
 
@@ -68,17 +72,37 @@ class Simulation:
         return next(iter(self.steps.values()))
 
 
-def simulate(job: Job, quantiles: Sequence[float] = (1.0, 0.5)) -> Simulation:
+@dataclass
+class _Alone:
+    """What a step asks of accelerate, for one process and fake tensors on the CPU. An accelerator of its own would
+    change the state that all accelerators of a process share, the run's that is being planned among them."""
+
+    bf16: bool
+    num_processes: int = 1
+    process_index: int = 0
+    is_main_process: bool = True
+
+    def autocast(self) -> torch.autocast:
+        """As accelerate's, for the number format of products."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+
+    def backward(self, loss: Tensor) -> None:
+        """The gradients of a loss, which accelerate divides by a number of passes of its own, 1."""
+        (loss / 1).backward()
+
+
+def simulate(job: Job, quantiles: Sequence[float] = (1.0, 0.5), beside: bool = True) -> Simulation:
     """Run the recipe's own code on fake tensors: a step at each of some `quantiles` of its batches by size, an
-    evaluation of the heaviest batch, and merging.
+    evaluation of the heaviest batch, and merging; without these two where not `beside`.
 
     Raises what building the adapter raises. Takes about a millisecond for each operation, whatever the model's size.
     """
     frozen = torch.float32 if job.method.in_place else job.precision.dtype
-    accelerator = make_accelerator(job.precision.name, cpu=True)
-    with simulated():
+    accelerator: Any = _Alone(job.precision.name == "bf16")
+    with _same_draws(), simulated():
         base = fake_base(job, frozen)
         adapter = build_adapter(job.recipe, job.method, base, job.rows.labels)
+        check_positions(base, adapter, job.recipe.max_length)
         trainer = Trainer(
             base, adapter, job.recipe.objective, job.recipe.training, rate=1e-4, seed=job.recipe.seed,
             accelerator=accelerator, engine=job.recipe.engine,
@@ -87,18 +111,31 @@ def simulate(job: Job, quantiles: Sequence[float] = (1.0, 0.5)) -> Simulation:
         for batch in _batches(job, quantiles):
             chosen = [job.rows.train[row] for row in batch]
             steps[positions(chosen, job.recipe.training.per_device_train_batch_size)] = watched_step(trainer, chosen)
-        with accelerator.autocast():
-            evaluation = _evaluation(job, base, adapter)
-        return Simulation(
-            base.parameter_count(), adapter.trainable_count(), steps, evaluation, _merging(job, base, adapter)
-        )
+        evaluation, merging = Peak(), None
+        if beside:
+            with accelerator.autocast():
+                evaluation = _evaluation(job, base, adapter)
+            merging = _merging(job, base, adapter)
+        return Simulation(base.parameter_count(), adapter.trainable_count(), steps, evaluation, merging)
+
+
+@contextmanager
+def _same_draws() -> Iterator[None]:
+    """Leave the random numbers that the caller draws next as they were: building an adapter sets seeds."""
+    python, arrays = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(arrays)
 
 
 FEW = (4, 6)
 """Layers of the two models that a deep one is extrapolated from: in the first ones the peak can be elsewhere."""
 
 
-def extrapolate(job: Job) -> Simulation:
+def extrapolate(job: Job, beside: bool = True) -> Simulation:
     """What `simulate` gives, from models of a few layers: each figure as far beyond them as the layers are more.
 
     Encoder-decoders are cut on both sides. Equal to `simulate` where all layers are alike; a base of no more layers
@@ -106,8 +143,8 @@ def extrapolate(job: Job) -> Simulation:
     """
     depth = int(job.config.num_hidden_layers)
     if depth <= FEW[1]:
-        return simulate(job)
-    low, high = (simulate(replace(job, config=_cut(job.config, layers))) for layers in FEW)
+        return simulate(job, beside=beside)
+    low, high = (simulate(replace(job, config=_cut(job.config, layers)), beside=beside) for layers in FEW)
     more = Fraction(depth - FEW[1], FEW[1] - FEW[0])
 
     def on(few: int, many: int) -> int:
@@ -184,8 +221,9 @@ def _batches(job: Job, quantiles: Sequence[float]) -> list[list[int]]:
     lengths = [len(row) for row in job.rows.train]
     found = training_batches(lengths, size * passes, seed=job.recipe.seed, epoch=0)
     found.sort(key=lambda batch: positions([job.rows.train[row] for row in batch], size))
-    chosen = {round(share * (len(found) - 1)) for share in quantiles}
-    return [found[place] for place in sorted(chosen, reverse=True)]
+    places = sorted({round(share * (len(found) - 1)) for share in quantiles}, reverse=True)
+    chosen = {positions([job.rows.train[row] for row in found[place]], size): found[place] for place in reversed(places)}
+    return [chosen[large] for large in sorted(chosen, reverse=True)]
 
 
 def _evaluation(job: Job, base: Base, adapter: Adapter) -> Peak:

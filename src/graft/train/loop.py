@@ -23,6 +23,8 @@ from graft.data.batch import training_batches
 from graft.engine.compiled import LayerCompiler
 from graft.engine.dropout import cheaper_dropout
 from graft.engine.settings import Engine
+from graft.errors import ResourceError
+from graft.limits import is_memory
 from graft.methods.base import Method, Progress, method_of
 from graft.model import Base
 from graft.objectives.base import Objective, Result, silent
@@ -95,6 +97,10 @@ class Training(Config):
 
     precision: Choice = "auto"
     """Number format of matrix products: bf16, fp32, or what the hardware is best at."""
+
+    preflight: bool = True
+    """Before the first step, predict the run's memory and run its heaviest pass once; with too little memory, passes
+    get smaller, and a step keeps its rows."""
 
     @field_validator("optimizer", mode="before")
     @classmethod
@@ -172,6 +178,12 @@ class Trainer:
     progress: Watch | None = None
     engine: Engine = field(default_factory=Engine)
     say: Callable[[str], None] = silent
+    pass_rows: int = 0
+    """Rows of one pass: as the recipe says when left out, fewer where memory is too little. A step has the same rows
+    and the same gradient, whatever it is cut into."""
+
+    def __post_init__(self) -> None:
+        self.pass_rows = self.pass_rows or self.training.per_device_train_batch_size
 
     @property
     def method(self) -> Method:
@@ -221,6 +233,8 @@ class Trainer:
         schedule = make_schedule(optimizer, total, warmup, self.training.lr_scheduler_type)
         guard = MovementGuard(self.base, self.adapter)
         result = Fit()
+        if self.training.preflight:
+            self.rehearse(train)
         # torch 2.13 cannot compile a checkpoint that restores the route; over NF4 it was not tried.
         uncompiled = self.training.gradient_checkpointing or self.base.quantization is not None
         choice = False if uncompiled else self.engine.compile
@@ -231,8 +245,8 @@ class Trainer:
             chosen = [train[row] for row in rows]
             progress = Progress(result.steps + 1, total)
             self.method.before_step(self.adapter, progress)
-            smallest = len(chosen) % self.training.per_device_train_batch_size or len(chosen)
-            loss, norm = compiler.attempt(smallest, partial(self.gradients, chosen), optimizer.zero_grad)
+            smallest = len(chosen) % self.pass_rows or len(chosen)
+            loss, norm = compiler.attempt(smallest, partial(self.bearable, chosen), optimizer.zero_grad)
             require_finite(loss, norm, result.steps + 1, [example.place for example in chosen])
             guard.saw_gradients()
             rate = float(schedule.get_last_lr()[0])
@@ -282,9 +296,51 @@ class Trainer:
         self.base.model.train(training)
         self.adapter.train(training)
 
+    def rehearse(self, train: Sequence[Any]) -> None:
+        """Run the pass over the most positions once, forward and backward, and leave no trace: neither gradients nor
+        random numbers drawn. Raises `ResourceError` when a pass of one row does not fit."""
+        lengths = [len(example) for example in train]
+        passes = [
+            rows[start : start + self.pass_rows]
+            for rows in training_batches(lengths, self.rows_per_step, seed=self.seed, epoch=0)
+            for start in range(0, len(rows), self.pass_rows)
+        ]
+        heaviest = max(passes, key=lambda rows: len(rows) * max(lengths[row] for row in rows))
+        with torch.random.fork_rng():
+            self.bearable([train[row] for row in heaviest])
+        self._drop_gradients()
+
+    def bearable(self, chosen: Sequence[Any]) -> tuple[float, float]:
+        """`gradients`, in passes of half the rows, from then on, where memory runs out.
+
+        Raises `ResourceError` when a pass of one row does not fit.
+        """
+        while True:
+            try:
+                return self.gradients(chosen)
+            except (RuntimeError, MemoryError) as error:
+                if not is_memory(error) or self.accelerator.num_processes > 1:
+                    raise
+            # Outside the handler, which keeps the tensors of the failed pass alive.
+            self._drop_gradients()
+            if self.base.device.type == "cuda":
+                torch.cuda.empty_cache()
+            longest = max(len(example) for example in chosen)
+            if self.pass_rows == 1:
+                raise ResourceError(
+                    f"out of memory with one row of {longest:,} tokens at a time",
+                    "gradient_checkpointing=true, quantization=nf4 or a smaller max_length take less; see `graft plan`",
+                )
+            self.pass_rows = math.ceil(self.pass_rows / 2)
+            self.say(f"out of memory: passes of {self.pass_rows} rows from here on, each step has the same rows")
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.parameters():
+            parameter.grad = None
+
     def gradients(self, chosen: Sequence[Any]) -> tuple[float, float]:
         """Clipped gradients of one effective batch; returns its mean loss and the gradient's norm before clipping."""
-        size = self.training.per_device_train_batch_size
+        size = self.pass_rows
         passes = [chosen[start : start + size] for start in range(0, len(chosen), size)]
         weight = self.objective.weight(chosen)
         total = torch.zeros((), device=self.base.device)
