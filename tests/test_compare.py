@@ -155,6 +155,7 @@ def test_keys_of_a_row(compared):
         assert set(found) == {
             "label", "method", "status", "cause", "seeds", "quality", "quality_low", "quality_high",
             "trainable_parameters", "trainable_fraction", "peak_memory_bytes", "train_seconds", "examples_per_second",
+            "expected_memory_bytes", "expected_seconds",
             "adapter_bytes", "latency_ms", "merged_latency_ms", "learning_rate", "forgetting", "transfer", "curve",
             "figures",
             "by_rank",

@@ -263,10 +263,11 @@ def assemble(recipe: Recipe, planned: Sequence[Trial], causes: dict[str, str], c
 _FIGURES = (
     "quality", "quality_low", "quality_high", "trainable_parameters", "trainable_fraction", "peak_memory_bytes",
     "train_seconds", "examples_per_second", "adapter_bytes", "latency_ms", "merged_latency_ms", "learning_rate",
+    "expected_memory_bytes", "expected_seconds",
 )  # fmt: skip
 
 
-_WHOLE = ("trainable_parameters", "peak_memory_bytes", "adapter_bytes")
+_WHOLE = ("trainable_parameters", "peak_memory_bytes", "expected_memory_bytes", "adapter_bytes")
 """Figures that are counts; the mean over seeds is rounded."""
 
 

@@ -169,7 +169,9 @@ TRAINING = [
     QUALITY,
     column("Trained parameters", "trained", as_count, "trainable_parameters"),
     MEMORY,
+    column("Expected memory", "", as_bytes, "expected_memory_bytes"),
     TIME,
+    column("Expected time", "", as_seconds, "expected_seconds"),
     SIZE,
 ]
 SERVING = [

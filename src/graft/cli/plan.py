@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from graft.planning.machine import Machine
     from graft.planning.plan import Estimate, Plan
 
-_QLORA = "qlora"
+_QLORA = ("method=lora", "target_modules=[all-linear]", "quantization=nf4", "gradient_checkpointing=true")
 """LoRA at every matrix of a base in nf4, with activations recomputed (Dettmers et al. 2023, arXiv 2305.14314)."""
 
 
@@ -93,34 +93,53 @@ def _planned(
     from graft.planning.plan import plan_model, plan_recipe
     from graft.recipe import Recipe
 
+    named = _names(names)
+    given = [*_preset(named), *assignments]
     if model is None:
         assert recipe is not None
-        read = given_recipe(recipe, [*assignments, *_settings(names)])
-        return plan_recipe(read, _chosen(names), limit, machine, bar)
-    settings = override({}, Recipe, [*assignments, *_settings(names)])
-    return plan_model(model, _chosen(names or "lora") or [], settings, limit, machine, bar)
+        read = given_recipe(recipe, given)
+        return plan_recipe(read, _chosen(named, read.method, assignments), limit, machine, bar)
+    settings = override({}, Recipe, given)
+    return plan_model(model, _chosen(named, None, assignments), settings, limit, machine, bar)
 
 
-def _settings(names: str | None) -> list[str]:
-    """What `qlora` says beside its method."""
-    return ["quantization=nf4", "gradient_checkpointing=true"] if names == _QLORA else []
-
-
-def _chosen(names: str | None) -> "list[Method] | None":
+def _names(given: str | None) -> list[str]:
+    """The methods that are asked for by name, each once; none where the recipe's own is meant."""
     from graft.errors import UsageError
-    from graft.methods.base import read_method
-    from graft.planning.plan import every_method
 
-    if names is None:
-        return None
-    if names == "all":
-        return every_method()
-    if names == _QLORA:
-        return [read_method({"name": "lora", "target_modules": ["all-linear"]})]
-    given = [name.strip() for name in names.split(",") if name.strip()]
-    if _QLORA in given:
+    if given is None:
+        return []
+    names = list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
+    if not names:
+        raise UsageError("--methods names no method", "give names with commas, or all")
+    if "qlora" in names and len(names) > 1:
         raise UsageError("qlora changes the base, so it is planned alone", "give --method qlora, or quantization=nf4")
-    return [read_method(name) for name in given]
+    if "all" in names and len(names) > 1:
+        raise UsageError("--methods all stands alone", "give all, or names")
+    return names
+
+
+def _preset(names: list[str]) -> list[str]:
+    """One method as a setting of the recipe, so that settings beside are its own; `qlora` is several."""
+    if names == ["qlora"]:
+        return list(_QLORA)
+    return [f"method={names[0]}"] if len(names) == 1 and names != ["all"] else []
+
+
+def _chosen(names: list[str], own: "Method | None", assignments: list[str]) -> "list[Method] | None":
+    """The methods of several names, with the settings that the recipe has for its own; None for the recipe's own."""
+    from graft.config import override
+    from graft.errors import UsageError
+    from graft.methods.base import methods, read_method
+    from graft.recipe import Recipe
+
+    if _preset(names) or not names:
+        return None
+    for assignment in assignments:
+        if "method" in override({}, Recipe, [assignment]):
+            raise UsageError(f"{assignment}: several methods are planned", "give the one method that it is for")
+    chosen = [read_method(name) for name in (list(methods()) if names == ["all"] else names)]
+    return [own if own is not None and own.name == method.name else method for method in chosen]
 
 
 def _check(found: "Plan") -> None:

@@ -1,6 +1,6 @@
 """What a run will take, before it is started: memory by kind, time, whether it fits, and what would make it fit."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from graft.planning.catalogue import config_of, entries
 from graft.planning.live import Work
 from graft.planning.machine import Machine
 from graft.planning.simulate import Job, Rows, Simulation, extrapolate, simulate, step_positions
+from graft.planning.smaller import made_to_fit
 from graft.recipe import Recipe
 from graft.train.precision import Precision
 
@@ -27,9 +28,6 @@ ALLOCATOR = {"cpu": 1.0, "cuda": 1.05}
 """What an allocator takes for a byte that is alive: on a GPU blocks are rounded and leave gaps (an estimate)."""
 WHOLE = 24
 """Layers that are simulated one by one, of all methods together; with more, each is extrapolated from a few."""
-SHORTEST = 64
-"""Rows are not cut below this many tokens to make a run fit."""
-
 Watch = Callable[[str, float], None]
 """Called with what is being planned and the share that is done."""
 
@@ -87,26 +85,34 @@ def plan_recipe(
     for an unknown model and what reading the rows raises.
     """
     rows, notes = _rows_of(recipe)
-    return _plan(recipe, chosen or [recipe.method or read_method("lora")], rows, notes, memory, machine, watch)
+    return _plan(recipe, _named(recipe, chosen), rows, notes, memory, machine, watch)
 
 
 def plan_model(
     model: str,
-    chosen: Sequence[Method],
+    chosen: Sequence[Method] | None,
     settings: Mapping[str, Any],
     memory: int | None = None,
     machine: Machine | None = None,
     watch: Watch | None = None,
 ) -> Plan:
-    """What methods take on a model by name, without data: rows of `data.max_length` tokens (512 when not set), one at a
-    time unless `training` says otherwise. `settings` are a recipe's.
+    """What methods (the settings' own when None) take on a model by name, without data: rows of `data.max_length` tokens (512 when not set), one at a
+    time unless `training` says otherwise. `settings` are a recipe's. `run_seconds` is None, as no data means no length.
     """
     recipe = _bare(model, settings)
-    return _plan(recipe, chosen, _equal_rows(recipe), [], memory, machine, watch)
+    plan = _plan(recipe, _named(recipe, chosen), _equal_rows(recipe), [], memory, machine, watch)
+    return replace(plan, estimates=[replace(estimate, run_seconds=None) for estimate in plan.estimates])
+
+
+def _named(recipe: Recipe, chosen: Sequence[Method] | None) -> Sequence[Method]:
+    """These methods, or the recipe's own."""
+    return [recipe.method or read_method("lora")] if chosen is None else chosen
 
 
 def _bare(model: str, settings: Mapping[str, Any]) -> Recipe:
     kind = FAMILIES[config_of(model).model_type].kind
+    if "model" in settings or "train" in settings.get("data", {}):
+        raise UsageError("a plan by a model's name takes no other model and no data", "give a recipe for a plan on data")
     training = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1} | settings.get("training", {})
     data = {"train": "rows of equal length", "max_length": 512} | settings.get("data", {})
     objective = "pretrain" if kind == "decoder" else "classify"
@@ -152,6 +158,8 @@ def _plan(
         "longest": lengths[-1],
     }
     words = f"{len(lengths):,} rows of {told['median_tokens']:,} tokens in the median, {lengths[-1]:,} at most"
+    if lengths[0] == lengths[-1]:
+        words = f"rows of {lengths[-1]:,} tokens"
     name = None if machine is None else f"{machine.name} ({machine.source})"
     return Plan(recipe.model, words, told, name, memory, found, notes)
 
@@ -172,28 +180,45 @@ def _one(job: Job, memory: int | None, machine: Machine | None, deep: bool) -> E
         return found
     if found.peak <= memory:
         return replace(found, fits=True)
-    return replace(found, fits=False, **_made_to_fit(job, memory, machine))
+    kind = "cpu" if machine is None else machine.kind
+    change, least = made_to_fit(job, memory, lambda job: _taken(_simulated(job, (1.0,), deep=True), kind))
+    return replace(found, fits=False, change=None if change is None else change.words, changed_peak=least)
 
 
 def estimate(job: Job, machine: Machine | None, deep: bool = False, beside: bool = True) -> Estimate:
     """Memory and time of a job on a machine; without one, memory as on a CPU and no time. `deep`: extrapolated;
     `beside`: evaluation and merging too.
     """
-    found = extrapolate(job, beside) if deep else simulate(job, beside=beside)
-    heaviest = found.heaviest
-    saved = 2 * 4 * found.trainable  # a copy in fp32 of what is saved, and the file as it is written
-    stages = {
-        "training": heaviest.peak.total,
-        "evaluation": found.evaluation.total + heaviest.at_rest.kinds["optimizer"],
-        "saving": heaviest.at_rest.total + saved,
-    }
+    found = _simulated(job, (1.0,) if machine is None else (1.0, 0.5), deep, beside)
     kind = "cpu" if machine is None else machine.kind
-    peak = round(max(stages.values()) * ALLOCATOR[kind]) + RUNTIME[kind]
+    peak = max(_taken(found, kind).values())
+    stages = _stages(found)
     if found.merging is not None:
         stages["merging"] = found.merging.total
     step, run = _times(job, found, machine)
+    heaviest = found.heaviest
     kinds = {str(name): size for name, size in heaviest.peak.kinds.items()}
     return Estimate(job.method.name, found.trainable, found.parameters, kinds, stages, peak, step, run)
+
+
+def _simulated(job: Job, quantiles: Sequence[float], deep: bool, beside: bool = True) -> Simulation:
+    return (extrapolate if deep else simulate)(job, quantiles, beside)
+
+
+def _stages(found: Simulation) -> dict[str, int]:
+    """The peak of live tensors in the stages that every run has."""
+    rest = found.heaviest.at_rest
+    saved = 2 * 4 * found.trainable  # a copy in fp32 of what is saved, and the file as it is written
+    return {
+        "training": found.heaviest.peak.total,
+        "evaluation": found.evaluation.total + rest.kinds["optimizer"],
+        "saving": rest.total + saved,
+    }
+
+
+def _taken(found: Simulation, kind: str) -> dict[str, int]:
+    """What the process takes in each of these stages, with what allocator and libraries take."""
+    return {name: round(size * ALLOCATOR[kind]) + RUNTIME[kind] for name, size in _stages(found).items()}
 
 
 def _times(job: Job, found: Simulation, machine: Machine | None) -> tuple[float | None, float | None]:
@@ -235,18 +260,23 @@ def _rows_of(recipe: Recipe) -> tuple[Rows, list[str]]:
         config_of(recipe.model)
         rows = _equal_rows(recipe, len(splits.train), splits.labels)
         return rows, [f"the tokenizer of {recipe.model} is not here, so every row counts as {recipe.max_length} tokens"]
-    read = [
-        recipe.objective.examples(part, tokenizer, splits.labels, recipe.max_length)
-        for part in (splits.train, splits.validation)
-    ]
-    return Rows(read[0], read[1], splits.labels, tokenizer), []
+
+    def read(recipe: Recipe) -> Rows:
+        train, validation = (
+            recipe.objective.examples(part, tokenizer, splits.labels, recipe.max_length)
+            for part in (splits.train, splits.validation)
+        )
+        return Rows(train, validation, splits.labels, tokenizer, read)
+
+    return read(recipe), []
 
 
 def _equal_rows(recipe: Recipe, count: int | None = None, labels: tuple[str, ...] = ("no", "yes")) -> Rows:
     """Rows of the longest length that the recipe allows."""
     training = recipe.training
     effective = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    return Rows(_equal(recipe, count or effective), _equal(recipe, training.per_device_eval_batch_size), labels)
+    train, validation = _equal(recipe, count or effective), _equal(recipe, training.per_device_eval_batch_size)
+    return Rows(train, validation, labels, again=lambda other: _equal_rows(other, count or effective, labels))
 
 
 def _equal(recipe: Recipe, count: int) -> list[Any]:
@@ -256,80 +286,7 @@ def _equal(recipe: Recipe, count: int) -> list[Any]:
     return [Piece([1] * length, f"row {number}", number) for number in range(count)]
 
 
-# What would make it fit ------------------------------------------------------------------------------
-
-
-def _made_to_fit(job: Job, memory: int, machine: Machine | None) -> dict[str, Any]:
-    """The first change with which a job fits, by name; none, with the least that was reached, where nothing helps."""
-    least = 0
-    for words, changed in changes(job):
-        try:
-            found = estimate(changed, machine, deep=True)
-        except (UsageError, ModelError, NotMergeable):
-            continue
-        if found.peak <= memory:
-            return {"change": words, "changed_peak": found.peak}
-        least = min(least or found.peak, found.peak)
-    return {"changed_peak": least or None}
-
-
-def changes(job: Job) -> Iterator[tuple[str, Job]]:
-    """Jobs that take less, the least intrusive first: what leaves results as they are before what changes them.
-
-    Smaller passes with as many rows to a step; recomputed activations; both; a quantized base; with all of these;
-    shorter rows beside; another method with all of these.
-    """
-    training = job.recipe.training
-    size, passes = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    smaller: list[dict[str, Any]] = []
-    while size > 1:
-        size, passes = -(-size // 2), passes * 2
-        smaller.append({"per_device_train_batch_size": size, "gradient_accumulation_steps": passes})
-    for values in smaller:
-        yield _words(values), _changed(job, values)
-    least = smaller[-1] if smaller else {}
-    again = {} if training.gradient_checkpointing else {"gradient_checkpointing": True}
-    if again:
-        yield _words(again), _changed(job, again)
-        if smaller:
-            yield _words(least | again), _changed(job, least | again)
-    everything, told = _changed(job, least | again), least | again
-    if job.recipe.quantization is None and not job.method.in_place:
-        yield "quantization=nf4", _quantized(job)
-        everything, told = _quantized(everything), {"quantization": "nf4"} | told
-        yield _words(told), everything
-    cut = job.recipe.max_length // 2
-    while cut >= SHORTEST:
-        yield _words(told | {"max_length": cut}), _shortened(everything, cut)
-        cut //= 2
-    if job.method.in_place or job.recipe.quantization is None:
-        lora = read_method("lora")
-        base = _quantized(_changed(replace(job, method=lora), least | again))
-        yield _words({"method": "lora", "quantization": "nf4"} | least | again), base
-
-
-def _words(values: Mapping[str, Any]) -> str:
-    return " ".join(
-        f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()
-    )
-
-
-def _changed(job: Job, training: Mapping[str, Any]) -> Job:
-    """The job with other settings of training."""
-    recipe = job.recipe
-    values: dict[str, Any] = {"training": recipe.training.model_copy(update=dict(training))}
-    return replace(job, recipe=recipe.model_copy(update=values))
-
-
-def _quantized(job: Job) -> Job:
-    return replace(job, recipe=job.recipe.model_copy(update={"quantization": "nf4"}))
-
-
-def _shortened(job: Job, length: int) -> Job:
-    """The job with rows of at most so many tokens."""
-    recipe = job.recipe.model_copy(update={"data": job.recipe.data.model_copy(update={"max_length": length})})
-    rows = [_equal(recipe, len(part)) for part in (job.rows.train, job.rows.validation)]
-    return replace(job, recipe=recipe, rows=Rows(rows[0], rows[1], job.rows.labels, job.rows.tokenizer))
+# The recipe of a job ---------------------------------------------------------------------------------
 
 
 def _without_clash(recipe: Recipe, method: Method) -> Recipe:

@@ -3,7 +3,7 @@
 import copy
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -41,6 +41,8 @@ class Rows:
     validation: Sequence[Any]
     labels: tuple[str, ...]
     tokenizer: PreTrainedTokenizerBase | None = None
+    again: Callable[[Recipe], "Rows"] | None = None
+    """Reads them as another recipe says, such as one with shorter rows; None where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ FEW = (4, 6)
 """Layers of the two models that a deep one is extrapolated from: in the first ones the peak can be elsewhere."""
 
 
-def extrapolate(job: Job, beside: bool = True) -> Simulation:
+def extrapolate(job: Job, quantiles: Sequence[float] = (1.0, 0.5), beside: bool = True) -> Simulation:
     """What `simulate` gives, from models of a few layers: each figure as far beyond them as the layers are more.
 
     Encoder-decoders are cut on both sides. Equal to `simulate` where all layers are alike; a base of no more layers
@@ -143,8 +145,8 @@ def extrapolate(job: Job, beside: bool = True) -> Simulation:
     """
     depth = int(job.config.num_hidden_layers)
     if depth <= FEW[1]:
-        return simulate(job, beside=beside)
-    low, high = (simulate(replace(job, config=_cut(job.config, layers)), beside=beside) for layers in FEW)
+        return simulate(job, quantiles, beside)
+    low, high = (simulate(replace(job, config=_cut(job.config, layers)), quantiles, beside) for layers in FEW)
     more = Fraction(depth - FEW[1], FEW[1] - FEW[0])
 
     def on(few: int, many: int) -> int:
@@ -222,7 +224,9 @@ def _batches(job: Job, quantiles: Sequence[float]) -> list[list[int]]:
     found = training_batches(lengths, size * passes, seed=job.recipe.seed, epoch=0)
     found.sort(key=lambda batch: positions([job.rows.train[row] for row in batch], size))
     places = sorted({round(share * (len(found) - 1)) for share in quantiles}, reverse=True)
-    chosen = {positions([job.rows.train[row] for row in found[place]], size): found[place] for place in reversed(places)}
+    chosen = {
+        positions([job.rows.train[row] for row in found[place]], size): found[place] for place in reversed(places)
+    }
     return [chosen[large] for large in sorted(chosen, reverse=True)]
 
 

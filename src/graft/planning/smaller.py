@@ -1,6 +1,6 @@
 """What makes a run fit: jobs that take less memory, the least intrusive first."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,7 +82,14 @@ def changes(start: Change) -> Iterator[list[Ladder]]:
     First what leaves results as they are: smaller passes with as many rows to a step, recomputed activations, both.
     Then a quantized base, alone and with these; shorter rows with all of these; and LoRA in place of the method.
     """
-    if ladders := _lighter(start):
+    yield from _of_method(start, [])
+    if start.job.method.name != "lora":
+        lora = _with(start, {"method": "lora"})
+        yield from _of_method(lora, [[lora]])
+
+
+def _of_method(start: Change, first: list[Ladder]) -> Iterator[list[Ladder]]:
+    if ladders := [*first, *_lighter(start)]:
         yield ladders
     reached = start
     if start.job.recipe.quantization is None and not start.job.method.in_place:
@@ -90,12 +97,6 @@ def changes(start: Change) -> Iterator[list[Ladder]]:
         yield [[reached], *_lighter(reached)]
     if cut := _cuts(_lightest(reached)):
         yield [cut]
-    if start.job.method.name != "lora":
-        lora = _with(start, {"method": "lora"})
-        first, *rest = changes(lora)
-        # A base that is quantized has nothing lighter to offer than itself where its passes have one row already.
-        yield [[lora], *(first if "quantization" not in first[-1][-1].told else [])]
-        yield from rest if "quantization" not in first[-1][-1].told else [first, *rest]
 
 
 def _lighter(start: Change) -> list[Ladder]:
@@ -169,8 +170,3 @@ def _with(start: Change, settings: Mapping[str, Any]) -> Change:
         told["compile"] = "auto"  # a recipe that insists on compiling refuses both
         values["engine"] = recipe.engine.model_copy(update={"compile": "auto"})
     return Change(told, replace(job, recipe=recipe.model_copy(update=values)))
-
-
-def strongest(groups: Sequence[list[Ladder]]) -> Change:
-    """The change of all groups that takes the least."""
-    return groups[-1][-1][-1]
