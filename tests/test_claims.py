@@ -242,3 +242,46 @@ def test_the_words_of_the_verdict_hold_for_the_stored_figures():
     assert all(conditions[name]["copied"]["value"][0] == 0 for name in duplicates.CONDITIONS if name != "copies")
     steps = STORED["distinct_rows_per_step"]
     assert steps["copies"] < steps["spread"] < steps["epochs"] == duplicates.BATCH
+
+
+# Numbers people repeat -------------------------------------------------------------------------------
+
+claims = load("docs", "claims")
+FIGURES = json.loads((ROOT / "docs" / "results" / "claims.json").read_text("utf-8"))
+
+
+def test_the_counts_are_what_the_code_gives():
+    assert claims.counts() == FIGURES["counts"]
+    assert claims.parameters() == FIGURES["parameters"]
+    assert claims.bits() == FIGURES["bits"]
+
+
+def test_counts_by_hand():
+    counts = FIGURES["counts"]
+    assert counts["one_matrix"] == 8 * (1024 + 1024)
+    assert counts["bert_base_lora"] == counts["roberta_lora"] == 12 * 2 * 8 * (768 + 768)
+    assert counts["codellama_lora"] == 40 * 2 * 8 * (5120 + 5120)
+    assert counts["gpt3_lora"] == 96 * 2 * (12288 + 12288)
+    full, size = FIGURES["plans"]["full_13b"]["kinds"], FIGURES["parameters"]["llama-2-13b"]
+    assert sum(full[kind] for kind in ("weights", "adapter", "gradients", "optimizer")) == pytest.approx(
+        16 * size, rel=0.01
+    )
+
+
+def test_a_plan_is_what_the_code_gives():
+    model, settings = "llama-2-7b", claims.QLORA
+    estimate = claims.plan_model(model, None, settings).estimates[0]
+    assert (estimate.kinds, estimate.peak) == (
+        FIGURES["plans"]["qlora_7b"]["kinds"],
+        FIGURES["plans"]["qlora_7b"]["peak"],
+    )
+
+
+def test_every_claim_has_a_row_and_a_verdict():
+    rows = [*generate.counted(), *generate.planned(), *generate.compared()]
+    assert len(rows) >= 21
+    for claim, found, said in rows:
+        assert claim
+        assert found
+        assert said
+        assert f"| {claim} | {found} | {said} |" in generate.claims_page()

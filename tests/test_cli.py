@@ -508,7 +508,7 @@ def test_out_of_memory(graft, recipe, tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(Classify, "loss", broken)
-    refused(graft("train", recipe, "-o", tmp_path / "out", "--quiet"), 3, "out of memory; use smaller batches")
+    refused(graft("train", recipe, "-o", tmp_path / "out", "--quiet"), 3, "out of memory with one row of ")
 
 
 # Commands -----------------------------------------------------------------------------------------

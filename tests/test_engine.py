@@ -21,6 +21,7 @@ from graft.engine.dropout import cheaper_dropout, drop, keep_mask
 from graft.engine.loss import chunked_loss
 from graft.engine.settings import Engine
 from graft.errors import RecipeError
+from graft.model import Base
 from graft.objectives.base import silent
 from graft.objectives.causal import token_losses
 from graft.objectives.instruct import Instruct
@@ -509,6 +510,25 @@ def test_libraries_other_than_glibc_are_left_alone(monkeypatch):
     assert runtime.keep_freed_memory() is False
 
 
+@pytest.mark.parametrize(
+    ("command", "given", "anew"),
+    [(["train", "x"], None, True), (["compare"], None, True), (["plan", "x"], None, False), ([], None, False),
+     (["train", "x"], "glibc.malloc.check=3", False)],
+)  # fmt: skip
+def test_long_commands_start_anew_once(monkeypatch, command, given, anew):
+    started = []
+    monkeypatch.setattr(runtime.os, "execv", lambda *told: started.append(told))
+    monkeypatch.setattr(runtime.sys, "platform", "linux")
+    monkeypatch.setattr(runtime.sys, "orig_argv", ["python", "-X", "utf8", "-m", "graft", *command])
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", given)
+    runtime.start_anew(command)
+    runtime.start_anew(command)  # the process that was started comes here too
+    expected = [(sys.executable, [sys.executable, "-X", "utf8", "-m", "graft", *command])]
+    assert started == (expected if anew else [])
+
+
 @pytest.mark.parametrize("kind", [tiny, tiny_chat])
 def test_a_whole_run_gives_the_same_with_and_without_the_engine(kind, tmp_path):
     data = kind.write_all(tmp_path / "data")
@@ -523,3 +543,20 @@ def test_a_whole_run_gives_the_same_with_and_without_the_engine(kind, tmp_path):
     tolerance = 0.25 if kind is tiny else 2e-3
     for a, b in zip(first["curve"], second["curve"], strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], abs=tolerance)
+
+
+def test_full_tuning_of_short_rows_in_bf16():
+    """In place, fp32 weights under autocast: rotary positions make fp32 queries and keys of them, values stay bf16."""
+    base = Base(bases.llama())
+    choose_kernels(base)
+    adapter = read_method("full").build(base, "tuned")
+    attach(base, adapter)
+    base.model.train()
+    ids = torch.arange(2 * 9).view(2, 9) % 20 + 3
+    mask = torch.ones_like(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        states = hidden_states(base, {"input_ids": ids, "attention_mask": mask}, "tuned").last
+    states.float().square().sum().backward()
+    gradients = [parameter.grad for name, parameter in adapter.trainable() if "q_proj" in name or "v_proj" in name]
+    assert gradients
+    assert all(gradient is not None and bool(gradient.any()) for gradient in gradients)

@@ -25,8 +25,8 @@ ORDER_WITHIN = {
     "parts": ["base", "attention", "tokens", "attach", "own", "lowrank", "bypass", "prefix", "experts", "head"],
     "methods": ["folder", "base", "linears", "lowrank", "mixture", "attended", "virtual", "*", "store", "table"],
     "objectives": ["base", "causal", "*"],
-    "planning": ["fake", "live", "step", "catalogue", "machine", "simulate", "plan", "preflight"],
-    "cli": ["shared", "runs", "look", "hardware", "plan", "data", "chat", "commands"],
+    "planning": ["fake", "live", "step", "catalogue", "machine", "simulate", "smaller", "plan", "preflight"],
+    "cli": ["shared", "runs", "look", "hardware", "plan", "recommend", "data", "chat", "commands"],
     "train": ["precision", "optim", "guards", "checkpoint", "loop"],
 }
 """Reading order inside the folders; * stands for the methods and objectives, which know nothing of each other."""

@@ -146,7 +146,7 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
         say(line)
 
     train, validation, measuring = _read_rows(run, tell)
-    expected = _forecast(run, method, train, tell)
+    expected = _forecast(run, method, train)
     run.watch("loading the base", 0.0)
     base = load_for(run.recipe, run.precision, run.accelerator.device)
     _record_environment(run, base)
@@ -154,6 +154,9 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
     check_positions(base, adapter, run.recipe.max_length)
     for line in preflight(method, base, adapter, train, run.precision):
         tell(line)
+    if run.recipe.training.preflight:  # said now: a fault of the base or of the settings is one line
+        for line in ["what it takes cannot be predicted"] if expected is None else expected.lines:
+            tell(line)
 
     def record(point: Point) -> None:
         run.folder.append("metrics.jsonl", json.dumps(asdict(point), ensure_ascii=False))
@@ -212,16 +215,13 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
     }
 
 
-def _forecast(run: _Run, method: Method, train: Sequence[Any], tell: Callable[[str], None]) -> Forecast | None:
-    """What the run is expected to take, told before its base is loaded."""
+def _forecast(run: _Run, method: Method, train: Sequence[Any]) -> Forecast | None:
+    """What the run is expected to take, before its base is loaded."""
     if not run.recipe.training.preflight or run.accelerator.num_processes > 1:
         return None
     run.watch("planning", 0.0)
     rows = Rows(train, [], run.splits.labels)
-    expected = forecast(run.recipe, method, config_of(run.recipe.model), run.precision, rows)
-    for line in ["this recipe cannot be planned ahead"] if expected is None else expected.lines:
-        tell(line)
-    return expected
+    return forecast(run.recipe, method, config_of(run.recipe.model), run.precision, rows)
 
 
 def preflight(

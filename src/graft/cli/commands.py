@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from graft import __version__
-from graft.cli import chat, data, hardware, look, plan, runs
+from graft.cli import chat, data, hardware, look, plan, recommend, runs
 from graft.engine.runtime import prepare_environment
 from graft.errors import GraftError
 from graft.limits import is_memory
@@ -31,6 +31,7 @@ app.command()(runs.merge)
 app.command()(runs.runs)
 app.command()(look.methods)
 app.command()(plan.plan)
+app.command()(recommend.recommend)
 app.command()(hardware.hardware)
 app.command()(look.schema)
 app.add_typer(data.app, name="data")

@@ -130,7 +130,8 @@ def _chosen(names: list[str], own: "Method | None", assignments: list[str]) -> "
     """The methods of several names, with the settings that the recipe has for its own; None for the recipe's own."""
     from graft.config import override
     from graft.errors import UsageError
-    from graft.methods.base import methods, read_method
+    from graft.methods.base import read_method
+    from graft.planning.plan import every_method
     from graft.recipe import Recipe
 
     if _preset(names) or not names:
@@ -138,7 +139,7 @@ def _chosen(names: list[str], own: "Method | None", assignments: list[str]) -> "
     for assignment in assignments:
         if "method" in override({}, Recipe, [assignment]):
             raise UsageError(f"{assignment}: several methods are planned", "give the one method that it is for")
-    chosen = [read_method(name) for name in (list(methods()) if names == ["all"] else names)]
+    chosen = every_method() if names == ["all"] else [read_method(name) for name in names]
     return [own if own is not None and own.name == method.name else method for method in chosen]
 
 
@@ -175,7 +176,7 @@ def _print(found: "Plan", machine: "Machine") -> None:
         f"{found.model}: {told['objective']}, {told['precision']}"
         + (f", base in {told['quantization']}" if told["quantization"] else ""),
         found.rows,
-        f"passes of {told['micro_batch']} rows, {told['accumulation']} to a step"
+        f"passes of {_rows(told['micro_batch'])}, {told['accumulation']} to a step"
         + (", activations recomputed" if told["gradient_checkpointing"] else ""),
         f"in {_size(found.memory or 0)}; {found.machine}",
         *found.notes,
@@ -189,13 +190,18 @@ def _print(found: "Plan", machine: "Machine") -> None:
     for estimate in found.estimates:
         if estimate.error is None:
             table.add_row(*_row(estimate))
-    screen.print()
-    screen.print(table)
+    if table.row_count:
+        screen.print()
+        screen.print(table)
     rest = [line for estimate in found.estimates for line in _remarks(estimate)]
     if rest:
         screen.print()
     for line in rest:
         screen.print(line, highlight=False, markup=False)
+
+
+def _rows(number: int) -> str:
+    return "1 row" if number == 1 else f"{number:,} rows"
 
 
 def _row(estimate: "Estimate") -> list[str]:

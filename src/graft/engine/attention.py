@@ -27,7 +27,13 @@ def is_faster(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
     if query.device.type != "cpu" or query.shape[2] == 1 or key.shape[2] > LONGEST.get(query.dtype, 0):
         return False
     learned = mask is not None and mask.requires_grad  # T5's position bias: it would get no gradient
-    return not learned and key.shape == value.shape
+    return not learned and key.shape == value.shape and query.dtype == key.dtype == value.dtype
+
+
+def at_autocast(x: Tensor) -> Tensor:
+    """x in the number format of autocast, where that is on."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def dense_attention(

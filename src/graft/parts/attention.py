@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from graft.engine.attention import dense_attention, is_faster
+from graft.engine.attention import at_autocast, dense_attention, is_faster
 from graft.errors import ModelError
 from graft.model import Base
 from graft.parts.base import Core, Part
@@ -132,6 +132,8 @@ def _core(
     # Not a set's isdisjoint, at which compiled code would be cut in two.
     plain = any(name in kwargs for name in _PLAIN)
     fast = config._attn_implementation == FAST and position_bias is None and not plain
+    if fast:  # as autocast does for sdpa: rotary positions leave queries and keys in fp32 beside values in bf16
+        query, key, value = at_autocast(query), at_autocast(key), at_autocast(value)
     if fast and is_faster(query, key, value, mask):
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and mask is None
         if not causal or query.shape[2] == key.shape[2]:

@@ -4,6 +4,7 @@ What a step does depends on its rows (which are padded, where, what is supervise
 whatever is computed with them are fake tensors of PyTorch, of any size. Both run through the very code of a real step.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -73,13 +74,14 @@ def _like(real: Tensor) -> Tensor:
 @contextmanager
 def simulated() -> Iterator[None]:
     """Inside, floating-point tensors are fake. A number read from one is 1."""
-    before = nn.Module._apply
-    nn.Module._apply = _moved  # type: ignore[method-assign]
+    before, log = nn.Module._apply, logging.getLogger("torch._subclasses.fake_tensor")
+    told = log.disabled
+    nn.Module._apply, log.disabled = _moved, True  # type: ignore[method-assign]  # torch logs what it raises too
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), _Facts():  # type: ignore[no-untyped-call]
             yield
     finally:
-        nn.Module._apply = before  # type: ignore[method-assign]
+        nn.Module._apply, log.disabled = before, told  # type: ignore[method-assign]
 
 
 def _moved(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

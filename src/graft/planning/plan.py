@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 
-from graft.data.load import Splits
-from graft.errors import GraftError, ModelError, NotMergeable, UsageError
+from graft.config import Config
+from graft.data.dialogue import Dialogue, Message
+from graft.data.load import DataConfig, Splits
+from graft.errors import GraftError, UsageError
 from graft.families import FAMILIES
 from graft.methods.base import Method, methods, read_method
 from graft.model import load_tokenizer
 from graft.objectives.classify import LabelledExample
+from graft.objectives.instruct import Turn
 from graft.objectives.pretrain import Piece
 from graft.planning.catalogue import config_of, entries
 from graft.planning.live import Work
@@ -19,6 +22,7 @@ from graft.planning.machine import Machine
 from graft.planning.simulate import Job, Rows, Simulation, extrapolate, simulate, step_positions
 from graft.planning.smaller import made_to_fit
 from graft.recipe import Recipe
+from graft.train.loop import Training
 from graft.train.precision import Precision
 
 RUNTIME = {"cpu": 450 << 20, "cuda": 600 << 20}
@@ -28,6 +32,9 @@ ALLOCATOR = {"cpu": 1.0, "cuda": 1.05}
 """What an allocator takes for a byte that is alive: on a GPU blocks are rounded and leave gaps (an estimate)."""
 WHOLE = 24
 """Layers that are simulated one by one, of all methods together; with more, each is extrapolated from a few."""
+FAULTS = (RuntimeError, NotImplementedError, TypeError, ValueError)
+"""What a step raises that a model's or method's own code cannot do, with or without numbers."""
+
 Watch = Callable[[str, float], None]
 """Called with what is being planned and the share that is done."""
 
@@ -96,8 +103,9 @@ def plan_model(
     machine: Machine | None = None,
     watch: Watch | None = None,
 ) -> Plan:
-    """What methods (the settings' own when None) take on a model by name, without data: rows of `data.max_length` tokens (512 when not set), one at a
-    time unless `training` says otherwise. `settings` are a recipe's. `run_seconds` is None, as no data means no length.
+    """What methods, or that of `settings`, take on a model by name, without data: rows of `data.max_length` tokens (512
+    when not set), one at a time unless `training` says otherwise. `settings` are a recipe's. `run_seconds` is None, as
+    a run without data has no end.
     """
     recipe = _bare(model, settings)
     plan = _plan(recipe, _named(recipe, chosen), _equal_rows(recipe), [], memory, machine, watch)
@@ -111,14 +119,24 @@ def _named(recipe: Recipe, chosen: Sequence[Method] | None) -> Sequence[Method]:
 
 def _bare(model: str, settings: Mapping[str, Any]) -> Recipe:
     kind = FAMILIES[config_of(model).model_type].kind
-    if "model" in settings or "train" in settings.get("data", {}):
-        raise UsageError("a plan by a model's name takes no other model and no data", "give a recipe for a plan on data")
-    training = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1} | settings.get("training", {})
-    data = {"train": "rows of equal length", "max_length": 512} | settings.get("data", {})
-    objective = "pretrain" if kind == "decoder" else "classify"
-    given = {"objective": objective, **settings, "model": model, "training": training, "data": data}
+    objective = {"objective": "pretrain" if kind == "decoder" else "classify"}
+    given = _or_else(Recipe, settings, objective)
+    named = {Recipe.aliases.get(key, key): value for key, value in settings.items()}
+    data, training = named.get("data", {}), named.get("training", {})
+    if "model" in named or not isinstance(data, Mapping) or "train" in data:
+        raise UsageError("a plan by a model's name takes no other model and no data", "give a recipe to plan with data")
+    if isinstance(training, Mapping):  # anything else is a fault that parsing tells
+        one = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+        given["training"] = _or_else(Training, training, one)
+    given |= {"model": model, "data": _or_else(DataConfig, data, {"train": "rows of one length", "max_length": 512})}
     recipe, _ = Recipe.parse_with_notes(given, "plan")
     return recipe
+
+
+def _or_else(cls: type[Config], given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given, and defaults where nothing is, under whatever name."""
+    names = {cls.aliases.get(key, key) for key in given}
+    return {**{key: value for key, value in defaults.items() if key not in names}, **given}
 
 
 def _plan(
@@ -137,12 +155,12 @@ def _plan(
     if deep:
         notes = [*notes, f"extrapolated to {depth} layers from models of 4 and 6"]
     precision = _precision(recipe, machine)
-    found = []
+    found, lora = [], dict[str, Mapping[str, int]]()
     for number, method in enumerate(chosen):
         if watch:
             watch(method.name, number / len(chosen))
         job = Job(_without_clash(recipe, method), method, config, precision, rows)
-        found.append(_one(job, memory, machine, deep))
+        found.append(_one(job, memory, machine, deep, lora))
     training = recipe.training
     lengths = sorted(len(row) for row in rows.train)
     told = {
@@ -164,7 +182,9 @@ def _plan(
     return Plan(recipe.model, words, told, name, memory, found, notes)
 
 
-def _one(job: Job, memory: int | None, machine: Machine | None, deep: bool) -> Estimate:
+def _one(
+    job: Job, memory: int | None, machine: Machine | None, deep: bool, lora: dict[str, Mapping[str, int]]
+) -> Estimate:
     reason = job.method.refuses(FAMILIES[job.config.model_type]) or job.recipe.objective.refuses(
         FAMILIES[job.config.model_type]
     )
@@ -174,14 +194,23 @@ def _one(job: Job, memory: int | None, machine: Machine | None, deep: bool) -> E
         return Estimate(job.method.name, error="trains the base's own weights, and in nf4 none can train")
     try:
         found = estimate(job, machine, deep)
-    except (UsageError, ModelError, NotMergeable) as error:
+    except UsageError as error:
         return Estimate(job.method.name, error=str(error))
+    except FAULTS as error:
+        return Estimate(job.method.name, error=f"cannot be simulated ({(str(error).splitlines() or [''])[0][:120]})")
     if memory is None:
         return found
     if found.peak <= memory:
         return replace(found, fits=True)
     kind = "cpu" if machine is None else machine.kind
-    change, least = made_to_fit(job, memory, lambda job: _taken(_simulated(job, (1.0,), deep=True), kind))
+
+    def needs(job: Job) -> Mapping[str, int]:
+        try:
+            return _taken(_simulated(job, (1.0,), deep=True), kind)
+        except (UsageError, *FAULTS):
+            return {}
+
+    change, least = made_to_fit(job, memory, needs, lora)
     return replace(found, fits=False, change=None if change is None else change.words, changed_peak=least)
 
 
@@ -235,7 +264,7 @@ def _times(job: Job, found: Simulation, machine: Machine | None) -> tuple[float 
     return mean, mean * min(steps, training.max_steps or steps)
 
 
-def seconds_of(machine: Machine, works: Mapping[Work, int]) -> float:
+def seconds_of(machine: Machine, works: Mapping[Work, float]) -> float:
     """Time of operations one after another, each so often."""
     return sum(count * machine.seconds(work.flops, work.moved, work.dtype) for work, count in works.items())
 
@@ -281,6 +310,9 @@ def _equal_rows(recipe: Recipe, count: int | None = None, labels: tuple[str, ...
 
 def _equal(recipe: Recipe, count: int) -> list[Any]:
     length = recipe.max_length
+    if recipe.objective.unit == "dialogue":
+        words = Dialogue((Message("user", "?"), Message("assistant", "!")), "row", "row")
+        return [Turn([1] * length, [1] * length, max(1, length // 2), words) for _ in range(count)]
     if recipe.objective.unit == "labelled":
         return [LabelledExample([1] * length, None, 0, f"row {number}") for number in range(count)]
     return [Piece([1] * length, f"row {number}", number) for number in range(count)]

@@ -54,7 +54,7 @@ def forecast(
     while True:
         try:
             found = estimate(_in_passes(job, size), machine, deep, beside=False)
-        except (GraftError, RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        except (GraftError, RuntimeError, NotImplementedError, TypeError, ValueError, MemoryError) as error:
             del error  # whatever a model's own code makes of tensors without numbers: no reason to stop a run
             return None
         live = sum(found.kinds.values())

@@ -2,8 +2,7 @@
 
 import copy
 import random
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -174,11 +173,10 @@ def extrapolate(job: Job, quantiles: Sequence[float] = (1.0, 0.5), beside: bool 
     )
 
 
-def _more(few: Counter[Work], many: Counter[Work], more: Fraction) -> Counter[Work]:
-    added: Counter[Work] = Counter(many)
-    for work in set(few) | set(many):
-        added[work] += round(more * (many[work] - few[work]))
-    return added
+def _more(few: Mapping[Work, float], many: Mapping[Work, float], more: Fraction) -> dict[Work, float]:
+    """How often each, which is a half at times: what is done once for all layers is another work with each depth."""
+    works = {**few, **many}
+    return {work: many.get(work, 0) + float(more) * (many.get(work, 0) - few.get(work, 0)) for work in works}
 
 
 def _cut(config: PretrainedConfig, layers: int) -> PretrainedConfig:

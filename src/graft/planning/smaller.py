@@ -12,7 +12,7 @@ SHORTEST = 64
 """Rows are not cut below this many tokens to make a run fit."""
 
 Needs = Callable[[Job], Mapping[str, int]]
-"""Bytes that a process takes in each stage of a job: `training`, `evaluation`, `saving`. Raises `UsageError`."""
+"""Bytes that a process takes in each stage of a job: training, evaluation, saving; none where it cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,22 @@ Ladder = list[Change]
 """Changes of one kind, each of which takes less than the one before it."""
 
 
-def made_to_fit(job: Job, memory: int, needs: Needs) -> tuple[Change | None, int]:
+def made_to_fit(
+    job: Job, memory: int, needs: Needs, lora: dict[str, Mapping[str, int]] | None = None
+) -> tuple[Change | None, int]:
     """The least intrusive change with which a job takes no more than `memory`, with what it takes then; None where
     nothing helps, with the least that was reached.
 
-    Of each group of changes the strongest is tried first, and the milder ones only where it helps.
+    Of each group of changes the strongest is tried first, and the milder ones only where it helps. `lora` keeps what
+    LoRA in place of the method takes, which is the same for all methods of a recipe.
     """
     known: dict[str, Mapping[str, int]] = {"": needs(job)}
 
     def stage(change: Change, *names: str) -> int:
-        if change.words not in known:
-            try:
-                known[change.words] = needs(change.job)
-            except UsageError:
-                known[change.words] = {}
-        found = known[change.words]
+        table = lora if lora is not None and "method" in change.told else known
+        if change.words not in table:
+            table[change.words] = needs(change.job)
+        found = known[change.words] = table[change.words]
         return max((found[name] for name in names or found), default=1 << 62)
 
     start = Change({}, job)
@@ -55,7 +56,11 @@ def made_to_fit(job: Job, memory: int, needs: Needs) -> tuple[Change | None, int
         start = _mildest(ladder, lambda change: stage(change, "evaluation") <= memory) or ladder[-1]
         if stage(start) <= memory:
             return start, stage(start)
+    before = start
     for ladders in changes(start):
+        if "max_length" in ladders[-1][-1].told and stage(before, "saving") > memory:
+            continue  # which no length of rows changes
+        before = ladders[-1][-1]
         if stage(ladders[-1][-1]) > memory:
             continue
         for ladder in ladders:

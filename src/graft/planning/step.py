@@ -1,7 +1,7 @@
 """A training step under watch: the same code for a real step and for a simulated one."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,8 +26,9 @@ class Step:
     the peak moves from one of them to another, but hardly within them."""
     at_rest: Peak
     """What stays between steps: weights, adapter and optimizer."""
-    passes: Counter[Work]
-    update: Counter[Work]
+    passes: Mapping[Work, float]
+    """How often each work is done."""
+    update: Mapping[Work, float]
     operations: list[str]
 
     @property
