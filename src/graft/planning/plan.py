@@ -25,9 +25,15 @@ from graft.recipe import Recipe
 from graft.train.loop import Training
 from graft.train.precision import Precision
 
-RUNTIME = {"cpu": 450 << 20, "cuda": 600 << 20}
-"""Bytes of a process before a model is loaded: Python, torch and transformers on a CPU (measured); on a GPU its context
-and the libraries' work space (an estimate)."""
+RUNTIME = {"cpu": 630 << 20, "cuda": 600 << 20}
+"""Bytes of a process beside its tensors: on a CPU 450 MiB of Python, torch and transformers before a model is loaded,
+and WORKSPACE; on a GPU its context and the libraries' work space (an estimate)."""
+WORKSPACE = 180 << 20
+"""Bytes that kernels for each length of rows, and gaps between tensors, took in training on a CPU: 64 to 240 MiB
+(benchmarks/plan.py)."""
+AROUND = {"cpu": 6.0, "cuda": 0.0}
+"""What Python does around an operation of a model (modules, hooks, autocast), in units of the machine's overhead for an
+operation of a bare network: 30 µs beside 5 on two cores of an AMD EPYC. A GPU computes meanwhile."""
 ALLOCATOR = {"cpu": 1.0, "cuda": 1.05}
 """What an allocator takes for a byte that is alive: on a GPU blocks are rounded and leave gaps (an estimate)."""
 WHOLE = 24
@@ -266,7 +272,8 @@ def _times(job: Job, found: Simulation, machine: Machine | None) -> tuple[float 
 
 def seconds_of(machine: Machine, works: Mapping[Work, float]) -> float:
     """Time of operations one after another, each so often."""
-    return sum(count * machine.seconds(work.flops, work.moved, work.dtype) for work, count in works.items())
+    around = AROUND[machine.kind] * machine.overhead
+    return sum(count * (around + machine.seconds(work.flops, work.moved, work.dtype)) for work, count in works.items())
 
 
 def _between(size: float, known: Mapping[float, float]) -> float:

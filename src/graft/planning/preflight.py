@@ -13,7 +13,7 @@ from graft.errors import GraftError
 from graft.methods.base import Method
 from graft.planning.live import KINDS
 from graft.planning.machine import free_memory, remembered
-from graft.planning.plan import estimate
+from graft.planning.plan import WORKSPACE, estimate
 from graft.planning.simulate import FEW, Job, Rows
 from graft.recipe import Recipe
 from graft.train.precision import Precision
@@ -48,7 +48,7 @@ def forecast(
     machine = remembered()
     job = Job(recipe, method, config, precision, rows)
     limit = free() if free is not None else free_memory(device)
-    held = _resident() if device.type == "cpu" else 0
+    held = _resident() + WORKSPACE if device.type == "cpu" else 0
     deep = int(config.num_hidden_layers) > 2 * FEW[1]
     size = first = recipe.training.per_device_train_batch_size
     while True:
