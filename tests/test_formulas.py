@@ -1074,7 +1074,7 @@ def watched(size, passes, weight=0.0):
     made = trainer(
         base, adapter,
         {"max_steps": 3, "num_train_epochs": 9, "per_device_train_batch_size": size,
-         "gradient_accumulation_steps": passes, "eval_steps": 99, "max_grad_norm": 1e3},
+         "gradient_accumulation_steps": passes, "eval_steps": 99, "max_grad_norm": 1e3, "preflight": False},
     )  # fmt: skip
     made.objective = objective
     made.fit(ROWS, ROWS)

@@ -47,6 +47,7 @@ class Work:
             "weight_decay": WEIGHT_DECAY,
             "eval_steps": 1_000_000,
             "load_best_model_at_end": False,
+            "preflight": False,  # one pass more, whatever a run's length: it would weigh more here than anywhere else
         }
         files = {name: str(folder / f"{name}.jsonl") for name in ("train", "validation", "test")}
         values = {

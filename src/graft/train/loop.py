@@ -319,7 +319,9 @@ class Trainer:
             try:
                 return self.gradients(chosen)
             except (RuntimeError, MemoryError) as error:
-                if not is_memory(error) or self.accelerator.num_processes > 1:
+                # A compiler has memory of its own.
+                failed_compiler = isinstance(error, torch._dynamo.exc.TorchDynamoException)
+                if failed_compiler or not is_memory(error) or self.accelerator.num_processes > 1:
                     raise
             # Outside the handler, which keeps the tensors of the failed pass alive.
             self._drop_gradients()
