@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graft.cli.shared import Json, given_recipe, run_bar, terminal
+from graft.cli.shared import (
+    Assignments,
+    Device,
+    Json,
+    Memory,
+    given_recipe,
+    memory_limit,
+    planned_for,
+    run_bar,
+    terminal,
+)
 
 if TYPE_CHECKING:
     from graft.methods.base import Method
@@ -21,19 +31,15 @@ def plan(
     given: Annotated[
         str | None, typer.Argument(metavar="[RECIPE]", help="A YAML recipe; left out with --model or --fits.")
     ] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's.")
-    ] = None,
-    memory: Annotated[
-        str | None, typer.Option("--memory", help="What it must fit in, such as 16GB; else the machine's free memory.")
-    ] = None,
+    assignments: Assignments = None,
+    memory: Memory = None,
     methods: Annotated[
         str | None, typer.Option("--methods", "--method", help="Names with commas, or all; qlora is lora on nf4.")
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="A model by name, such as llama-2-7b, without data or weights.")
     ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="Plan for a card by name, such as a100-80gb.")] = None,
+    device: Device = None,
     fits: Annotated[
         str | None, typer.Option("--fits", help="Show what can be tuned in this much memory, such as 16GB.")
     ] = None,
@@ -54,30 +60,17 @@ def plan(
             raise UsageError("--fits takes no methods, settings or memory of its own", "give --device at most")
         _print_fits(parse_memory(fits), device, as_json)
         return
+    if memory is not None:
+        parse_memory(memory)  # a fault in it is told before this machine is measured
     with run_bar(as_json) as bar:
-        machine = _machine(device, bar)
-        limit = parse_memory(memory) if memory is not None else _free(machine, device)
+        machine = planned_for(device, bar)
+        limit = memory_limit(memory, device, machine)
         found = _planned(recipe, settings, methods, model, limit, machine, bar)
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=2))
     else:
         _print(found, machine)
     _check(found)
-
-
-def _machine(device: str | None, bar: Any) -> "Machine":
-    from graft.planning.machine import known, measured
-
-    return known(device) if device is not None else measured(watch=bar)
-
-
-def _free(machine: "Machine", device: str | None) -> int:
-    """What a run may take: the free memory here, or all of a card."""
-    import torch
-
-    from graft.planning.machine import free_memory
-
-    return machine.memory if device is not None else free_memory(torch.device(machine.kind))
 
 
 def _planned(

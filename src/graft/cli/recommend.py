@@ -7,10 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graft.cli.shared import Json, given_recipe, run_bar, terminal
+from graft.cli.shared import (
+    Assignments,
+    Device,
+    Json,
+    Memory,
+    given_recipe,
+    memory_limit,
+    planned_for,
+    run_bar,
+    terminal,
+)
 
 if TYPE_CHECKING:
-    from graft.planning.machine import Machine
     from graft.recommend import Recommendation
 
 _DECIDED = ("method", "methods", "quantization")
@@ -21,13 +30,9 @@ def recommend(
     given: Annotated[
         str | None, typer.Argument(metavar="[RECIPE]", help="A YAML recipe; left out with --model.")
     ] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's.")
-    ] = None,
-    memory: Annotated[
-        str | None, typer.Option("--memory", help="What it must fit in, such as 16GB; else the machine's free memory.")
-    ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="Plan for a card by name, such as a100-80gb.")] = None,
+    assignments: Assignments = None,
+    memory: Memory = None,
+    device: Device = None,
     goal: Annotated[
         str, typer.Option("--goal", help="What counts: quality, memory, latency or many-tasks.")
     ] = "quality",
@@ -42,7 +47,7 @@ def recommend(
 ) -> None:
     """Recommend a method and its settings, with the reasons: measured comparisons first, rules of the field else."""
     from graft.errors import UsageError, nearest
-    from graft.planning.machine import known, parse_memory
+    from graft.planning.machine import parse_memory
     from graft.recommend import GOALS
     from graft.recommend import recommend as decide
 
@@ -58,15 +63,15 @@ def recommend(
         raise UsageError("--write needs a recipe, since a recipe names its data", "give a recipe in place of --model")
     if write is not None and write.exists():
         raise UsageError(f"{write} exists", "choose another name for --write")
-    limit = parse_memory(memory) if memory is not None else None
-    card = known(device) if device is not None else None
+    if memory is not None:
+        parse_memory(memory)  # a fault in it is told before this machine is measured
     folder = _folder(runs)
     values = _values(settings)
     recipe = given_recipe(source, settings) if source is not None else None
     with run_bar(as_json) as bar:
-        machine = card if card is not None else _here(bar)
+        machine = planned_for(device, bar)
         found = decide(
-            recipe, model=model, rows=rows, settings=values, memory=limit or _free(machine, card is not None),
+            recipe, model=model, rows=rows, settings=values, memory=memory_limit(memory, device, machine),
             machine=machine, goal=goal, runs=folder, watch=bar,
         )  # fmt: skip
     if write is not None:
@@ -99,20 +104,6 @@ def _values(assignments: list[str]) -> dict[str, Any]:
         if decided:
             raise UsageError(f"{assignment}: {decided[0]} is what is recommended", "leave it out, or see graft plan")
     return override({}, Recipe, assignments)
-
-
-def _here(bar: Any) -> "Machine":
-    from graft.planning.machine import measured
-
-    return measured(watch=bar)
-
-
-def _free(machine: "Machine", card: bool) -> int:
-    import torch
-
-    from graft.planning.machine import free_memory
-
-    return machine.memory if card else free_memory(torch.device(machine.kind))
 
 
 def _write(found: "Recommendation", path: Path) -> None:

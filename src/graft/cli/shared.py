@@ -11,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from graft.planning.machine import Machine
     from graft.recipe import Recipe
 
 Assignments = Annotated[
@@ -19,6 +20,10 @@ Assignments = Annotated[
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML recipe; - reads it from standard input.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write; runs/… when left out.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output, and nothing else there.")]
+Memory = Annotated[
+    str | None, typer.Option("--memory", help="What it must fit in, such as 16GB; else the machine's free memory.")
+]
+Device = Annotated[str | None, typer.Option("--device", help="Plan for a card by name, such as a100-80gb.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the recipe and print every setting, then stop.")]
 
 
@@ -29,6 +34,24 @@ def given_recipe(source: str, assignments: list[str] | None, quiet: bool = False
     text = sys.stdin.read() if source == "-" else None
     note = None if quiet else lambda line: typer.echo(line, err=True)
     return read_recipe(source if source != "-" else None, assignments or [], text, note)
+
+
+def planned_for(device: str | None, bar: Callable[[str, float], None]) -> "Machine":
+    """The card of this name, or this machine, which is measured the first time."""
+    from graft.planning.machine import known, measured
+
+    return known(device) if device is not None else measured(watch=bar)
+
+
+def memory_limit(given: str | None, device: str | None, machine: "Machine") -> int:
+    """Bytes that a run may take: as given, or all of a card, or what is free here."""
+    import torch
+
+    from graft.planning.machine import free_memory, parse_memory
+
+    if given is not None:
+        return parse_memory(given)
+    return machine.memory if device is not None else free_memory(torch.device(machine.kind))
 
 
 def stem(recipe: str) -> str:

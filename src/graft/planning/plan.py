@@ -165,7 +165,7 @@ def _plan(
     for number, method in enumerate(chosen):
         if watch:
             watch(method.name, number / len(chosen))
-        job = Job(_without_clash(recipe, method), method, config, precision, rows)
+        job = Job(_with_method(recipe, method), method, config, precision, rows)
         found.append(_one(job, memory, machine, deep, lora))
     training = recipe.training
     lengths = sorted(len(row) for row in rows.train)
@@ -328,7 +328,7 @@ def _equal(recipe: Recipe, count: int) -> list[Any]:
 # The recipe of a job ---------------------------------------------------------------------------------
 
 
-def _without_clash(recipe: Recipe, method: Method) -> Recipe:
+def _with_method(recipe: Recipe, method: Method) -> Recipe:
     """The recipe with this method alone."""
     return recipe.model_copy(update={"method": method})
 

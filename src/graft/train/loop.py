@@ -152,11 +152,10 @@ Watch = Callable[[Literal["training", "evaluating"], int, int], None]
 """Called with the phase, the steps done and the steps in all."""
 
 
-def make_accelerator(precision: str, cpu: bool = False) -> Accelerator:
-    """accelerate's view of devices and processes, in the run's number format; `cpu` where there is a GPU too."""
+def make_accelerator(precision: str) -> Accelerator:
+    """accelerate's view of devices and processes, in the run's number format."""
     AcceleratorState._reset_state()  # it keeps the format of the first run in a process
-    mixed = "bf16" if precision == "bf16" else "no"
-    return Accelerator(mixed_precision=mixed, cpu=cpu or not torch.cuda.is_available())
+    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=not torch.cuda.is_available())
 
 
 @dataclass
