@@ -93,7 +93,7 @@ def really(job: Job, beside: bool = True) -> tuple[Step, Peak, Peak | None, int,
     model = _CLASSES[bases.FAMILIES[job.config.model_type].kind].from_config(job.config, dtype=dtype).eval()
     base = fit_out(Base(model, None, "real"), job.recipe, torch.device("cpu"))
     adapter = build_adapter(job.recipe, job.method, base, job.rows.labels)
-    accelerator = make_accelerator(job.precision.name, cpu=True)
+    accelerator = make_accelerator(job.precision.name)
     trainer = Trainer(
         base, adapter, job.recipe.objective, job.recipe.training, rate=1e-4, seed=job.recipe.seed,
         accelerator=accelerator, engine=job.recipe.engine,
