@@ -233,6 +233,37 @@ def test_starter_models_are_simulated_to_the_byte(recipe, form):
     assert compared == len(chosen)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("method", ["lora", "full", "bottleneck"])
+@pytest.mark.parametrize("recipe", ["movie-reviews", "instruct"])
+def test_the_peak_on_a_gpu(recipe, method):
+    """What its allocator holds at most in a step, within 5 %."""
+    given = read_recipe(ROOT / f"recipes/{recipe}.yaml", [f"method={method}", "precision=bf16", "engine.compile=false"])
+    if not assets.is_pulled(given.model):
+        pytest.skip(f"{given.model} is not on this machine")
+    accelerator, precision = prepare(given)
+    read, _ = planning._rows_of(given)
+    job = Job(given, given.method, config_of(given.model), precision, read)
+    planned = simulate(job, (1.0,), False).heaviest.peak.total
+    square = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
+    square @ square  # the libraries' own work space, which stays
+    before = torch.cuda.memory_allocated()
+    base = load_for(given, precision, accelerator.device)
+    adapter = build_adapter(given, given.method, base, read.labels)
+    trainer = Trainer(
+        base, adapter, given.objective, given.training, rate=1e-4, seed=1, accelerator=accelerator, engine=given.engine
+    )
+    chosen = [read.train[row] for row in simulating._batches(job, (1.0,))[0]]
+    with trainer.ready() as optimizer:
+        for _ in range(2):  # the first makes the optimizer's memory
+            torch.cuda.reset_peak_memory_stats()
+            trainer.gradients(chosen)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        measured = torch.cuda.max_memory_allocated() - before
+    assert planned * planning.ALLOCATOR["cuda"] == pytest.approx(measured, rel=0.05)
+
+
 # Deep models from shallow ones --------------------------------------------------------------------
 
 

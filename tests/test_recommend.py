@@ -124,6 +124,8 @@ def test_a_goal_rules_out_what_does_not_serve_it(recipe, tmp_path, goal):
     )
     found = recommend(recipe, memory=64 * GB, goal=goal, runs=tmp_path)
     assert found.method == {"latency": "full", "many-tasks": "bottleneck", "memory": "bottleneck"}[goal]
+    reason = settings_of(found)["quantization"].reason
+    assert ("bottleneck was measured on a base in 16 or 32 bits" in reason) == (goal == "memory")
 
 
 @pytest.mark.slow

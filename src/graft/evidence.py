@@ -41,6 +41,7 @@ class Evidence:
     metric: str
     created: str
     quantization: str | None
+    """Of the base that was measured."""
     methods: tuple[Measured, ...]
     verdicts: tuple[Mapping[str, Any], ...]
     """As in comparison.json: `first`, `second`, `outcome`, `difference`, `low`, `high`, `p`."""

@@ -1,7 +1,7 @@
 """Which method to take, with which settings, and why: measured comparisons first, rules where there are none."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -402,6 +402,10 @@ def _by_measurement(case: _Case, one: Evidence, ruled: _Choice, yielded: list[st
     if pick.method.in_place:
         choice.quantization = None
         choice.say("quantization", None, f"{pick.method.name} trains the base's own weights", "default", "Graft")
+    elif choice.quantization != one.quantization:
+        kept = choice.told["quantization"]
+        there = "was measured on a base in " + (one.quantization or "16 or 32 bits")
+        choice.told["quantization"] = replace(kept, reason=f"{kept.reason}; {pick.label} {there}")
     return choice
 
 
