@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-chat bench test test-fast check docs clean help
+.PHONY: demo demo-chat bench test test-fast test-faults check docs clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -33,10 +33,13 @@ bench: .venv/installed-bench ## measure speed and memory beside peft, Trainer an
 
 test: .venv/installed-dev check ## every check and test
 	@$(BIN)/graft assets pull
-	@$(BIN)/pytest -n 2 --dist loadfile
+	@$(BIN)/pytest -n 2 --dist loadfile -m "not faults"
+
+test-faults: .venv/installed-dev ## the long tests of faults: runs killed at random moments (ten minutes)
+	@$(BIN)/pytest -m faults -s
 
 test-fast: .venv/installed-dev ## the tests of a few seconds each
-	@$(BIN)/pytest -x -q -n 2 --dist loadfile -m "not slow"
+	@$(BIN)/pytest -x -q -n 2 --dist loadfile -m "not slow and not faults"
 
 check: .venv/installed-dev ## formatting, lint and types
 	@$(BIN)/ruff format --check .

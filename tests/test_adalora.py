@@ -353,7 +353,8 @@ def test_a_checkpoint_holds_what_is_remembered(at, tmp_path):
         "shared.sensitivity", "shared.uncertainty", "shared.kept",
     }  # fmt: skip
     assert not any(parameter is tensors[name] for name in tensors for parameter in adapter.shared.parameters())
-    path = checkpoint.write(tmp_path, adapter, {"step": at})
+    path = tmp_path / "best"
+    checkpoint.write(path, adapter, {"step": at})
     state = optimizer.state_dict()
     results = []
     for forget in (False, True):

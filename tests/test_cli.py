@@ -452,7 +452,8 @@ def test_interrupted_training(graft, recipe, tmp_path, monkeypatch, number, twic
         if twice:
             patch.setattr(RunFolder, "fail", again)
         result = graft("train", recipe, "-o", tmp_path / "out", "--quiet")
-    assert result == (130, "", "graft: interrupted\n")
+    hint = "; the same command goes on behind the last checkpoint, where there is one"
+    assert result == (130, "", f"graft: interrupted{hint}\n")
     if not twice:
         assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "stopped"
     assert graft("train", recipe, "-o", tmp_path / "out", "--quiet") == (0, "", "")

@@ -312,8 +312,8 @@ OFF = Engine(attention="sdpa", compile=False, keep_memory=False, cheaper_dropout
 
 
 @pytest.fixture
-def counted(monkeypatch, tmp_path):
-    """Compile with a backend that counts its graphs; marks go to a folder of the test."""
+def counted(monkeypatch):
+    """Compile with a backend that counts its graphs."""
     graphs = []
 
     def backend(graph, inputs):
@@ -322,7 +322,6 @@ def counted(monkeypatch, tmp_path):
 
     original = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: original(self, backend=backend, **given))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     return graphs
 
@@ -345,7 +344,7 @@ def test_compiled_training_is_the_same_and_has_one_graph(name, method, counted):
 
 def test_recomputed_activations_are_not_compiled(counted, monkeypatch):
     """torch 2.13 compiles no checkpoint that restores the route."""
-    monkeypatch.setattr(compiled, "COST", {True: 0.0, False: 0.0})
+    monkeypatch.setattr(compiled, "COST", 0.0)
     monkeypatch.setattr(compiled, "unavailable", lambda: None)
     trained("llama", "lora", Engine(), lines(10), steps=8, checkpointing=True)
     assert not counted
@@ -363,7 +362,7 @@ def test_generated_code_trains_alike(tmp_path, monkeypatch):
     plain = trained("llama", "lora", OFF, rows)
     found = trained("llama", "lora", Engine(compile=True), rows)
     assert found[0] == pytest.approx(plain[0], abs=1e-4)
-    assert list((tmp_path / "graft").iterdir())
+    assert trained("llama", "lora", Engine(compile=True), rows)[0] == found[0]
 
 
 @pytest.mark.slow
@@ -385,31 +384,24 @@ def test_auto_compiles_when_the_rest_of_a_run_pays_for_it(counted, monkeypatch):
     losses, _ = trained("llama", "lora", Engine(), lines(10), said.append, steps=8)
     assert not counted
     assert said == []
-    monkeypatch.setattr(compiled, "COST", {True: 0.0, False: 0.0})
+    monkeypatch.setattr(compiled, "COST", 0.0)
     again, _ = trained("llama", "lora", Engine(), lines(10), said.append, steps=8)
-    assert len(counted) == 1
+    graphs = len(counted)
+    assert 1 <= graphs <= 2  # the first batches have one length, which is a size of their own to torch
     assert again == pytest.approx(losses, abs=1e-4)
-    assert said[0].startswith("compiling the repeated layer: 3 steps of")
+    assert said[0].startswith("compiling the repeated layer: the run is long enough")
     monkeypatch.setattr(compiled, "unavailable", lambda: "there is no C++ compiler")
     trained("llama", "lora", Engine(), lines(10), said.append, steps=8)
-    assert len(counted) == 1
+    assert len(counted) == graphs
 
 
-def test_compiling_pays_by_the_time_that_is_left():
-    assert pays(1.0, 400, known=False)
-    assert not pays(1.0, 150, known=False)
-    assert pays(1.0, 100, known=True)
-    assert not pays(1.0, 50, known=True)
-
-
-def test_what_was_compiled_before_is_known(counted, tmp_path):
-    trained("llama", "lora", Engine(compile=True), lines(10))
-    marks = list((tmp_path / "graft").iterdir())
-    assert len(marks) == 1
-    trained("llama", "lora", Engine(compile=True), lines(10))
-    assert list((tmp_path / "graft").iterdir()) == marks
-    trained("llama", "bottleneck", Engine(compile=True), lines(10))
-    assert len(list((tmp_path / "graft").iterdir())) == 2
+def test_compiling_pays_by_what_the_run_computes():
+    base = bases.make("llama")
+    weights = sum(parameter.numel() for layer in layers_of(base) for parameter in layer.parameters())
+    seconds = 4 * weights / compiled.RATE[torch.float32] / torch.get_num_threads()
+    enough = compiled.COST / compiled.GAIN / seconds
+    assert pays(base, round(enough * 1.01))
+    assert not pays(base, round(enough * 0.99))
 
 
 @pytest.mark.parametrize("choice", ["auto", True])
@@ -417,7 +409,7 @@ def test_a_compiler_that_fails(choice, monkeypatch, tmp_path):
     """auto goes on without; a recipe that asks for compiled code hears why there is none."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(compiled, "unavailable", lambda: None)
-    monkeypatch.setattr(compiled, "COST", {True: 0.0, False: 0.0})
+    monkeypatch.setattr(compiled, "COST", 0.0)
 
     def backend(graph, inputs):
         raise RuntimeError("cc1plus: out of memory")
@@ -437,10 +429,10 @@ def test_a_compiler_that_fails(choice, monkeypatch, tmp_path):
     assert "the run goes on without" in said[1]
 
 
-def test_pausing_takes_the_compiled_layers_away_for_a_while(counted, tmp_path):
+def test_pausing_takes_the_compiled_layers_away_for_a_while(counted):
     base = bases.make("llama")
-    compiler = LayerCompiler(base, True, "key", silent)
-    compiler.start()
+    compiler = LayerCompiler(base, True, silent)
+    compiler.start(1)
     calls = [layer._compiled_call_impl for layer in layers_of(base)]
     assert calls
     assert all(calls)

@@ -460,7 +460,7 @@ def test_the_pieces_of_a_text_are_one_row():
         pretrain.Piece([1, 2], "f:2", 1),
     ]
     figures = SimpleNamespace(
-        right=torch.tensor([2, 1, 0]), tokens=torch.tensor([2, 2, 1]), mean_loss=1.0, perplexity=2.7
+        right=torch.tensor([2, 1, 0]), tokens=torch.tensor([2, 2, 1]), mean_loss=1.0, perplexity=2.7, batch_size=8
     )
     original = pretrain.row_figures
     pretrain.row_figures = lambda *_: figures

@@ -27,7 +27,7 @@ ORDER_WITHIN = {
     "objectives": ["base", "causal", "*"],
     "planning": ["fake", "live", "step", "catalogue", "machine", "simulate", "smaller", "plan", "preflight"],
     "cli": ["shared", "runs", "look", "hardware", "plan", "recommend", "data", "chat", "commands"],
-    "train": ["precision", "optim", "guards", "checkpoint", "loop"],
+    "train": ["precision", "optim", "guards", "checkpoint", "resume", "loop"],
 }
 """Reading order inside the folders; * stands for the methods and objectives, which know nothing of each other."""
 

@@ -122,7 +122,8 @@ def test_run_folder_is_complete(done, name):
         "README.md", "adapter_config.json", "adapter_model.safetensors", "graft.json",
     }  # fmt: skip
     best = done[name].report["best_step"]
-    assert [entry.name for entry in (folder / "checkpoints").iterdir()] == [f"step-{best:06d}"]
+    assert [entry.name for entry in (folder / "checkpoints").iterdir()] == ["best"]
+    assert load(folder / "checkpoints" / "best" / "state.json")["step"] == best
     assert load(folder / "status.json") == {"state": "done", "fraction": 1.0, "pid": os.getpid()}
     assert yaml.safe_load((folder / "recipe.yaml").read_text("utf-8")) == done[name].recipe.resolved()
     assert not [path for path in folder.rglob("*") if path.name.startswith(".") and path.name != ".lock"]
@@ -638,7 +639,9 @@ def test_best_step_is_loaded_at_the_end(place, monkeypatch, tmp_path, name, load
     now = made.adapter.tensors()
     assert all(torch.equal(now[key], tensor) for key, tensor in expected.items())
     assert not all(torch.equal(now[key], tensor) for key, tensor in other.items())
-    assert [entry.name for entry in tmp_path.iterdir()] == ["step-000008"]
+    # steps 4, 8 and 12 were evaluated, and the last one, behind which nothing goes on
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["best", "step-000008", "step-000012"]
+    assert checkpoint.check(tmp_path / "best")["step"] == 8
 
 
 def test_best_step_is_what_a_run_saves(place, monkeypatch, tmp_path):
@@ -689,11 +692,12 @@ HARMS = ["altered", "cut", "emptied", "removed", "state altered", "manifest remo
 @pytest.mark.parametrize("how", HARMS)
 def test_damaged_checkpoint(place, tmp_path, how):
     made, _, _ = trainer(tiny.recipe(place))
-    path = checkpoint.write(tmp_path, made.adapter, {"step": 3, "quality": 0.5})
+    path = tmp_path / "best"
+    checkpoint.write(path, made.adapter, {"step": 3, "quality": 0.5})
     assert checkpoint.read(path, made.adapter) == {"step": 3, "quality": 0.5}
     before = {name: tensor.clone() for name, tensor in made.adapter.tensors().items()}
     damage(path, how)
-    with pytest.raises(DamagedError, match=r"step-000003") as caught:
+    with pytest.raises(DamagedError, match=r"/best") as caught:
         checkpoint.read(path, made.adapter)
     assert caught.value.exit_code == 5
     assert "remove" in str(caught.value)
@@ -702,19 +706,21 @@ def test_damaged_checkpoint(place, tmp_path, how):
 
 def test_checkpoint_of_another_adapter(place, tmp_path):
     made, _, _ = trainer(tiny.recipe(place))
-    path = checkpoint.write(tmp_path, made.adapter, {"step": 3})
+    path = tmp_path / "best"
+    checkpoint.write(path, made.adapter, {"step": 3})
     other, _, _ = trainer(tiny.recipe(place, method="prompt"))
     with pytest.raises(DamagedError, match="its 10 tensors are not the 3 of the adapter; it is another run's"):
         checkpoint.read(path, other.adapter)
     wider, _, _ = trainer(tiny.recipe(place, method={"name": "lora", "r": 4}))
-    with pytest.raises(DamagedError, match="step-000003"):
+    with pytest.raises(DamagedError, match="/best"):
         checkpoint.read(path, wider.adapter)
 
 
 def test_checkpoint_restores_what_it_held(place, tmp_path):
     made, _, _ = trainer(tiny.recipe(place))
     before = {name: tensor.clone() for name, tensor in made.adapter.tensors().items()}
-    path = checkpoint.write(tmp_path, made.adapter, {"step": 1})
+    path = tmp_path / "best"
+    checkpoint.write(path, made.adapter, {"step": 1})
     with torch.no_grad():
         for _, tensor in made.adapter.trainable():
             tensor.add_(1)
@@ -728,13 +734,13 @@ def test_checkpoint_damaged_in_a_run(place, tmp_path, monkeypatch):
     inner = Classify.evaluate
 
     def evaluate(self: Any, *given: Any, **more: Any) -> Result:
-        for path in folder.glob("checkpoints/step-*"):
+        for path in folder.glob("checkpoints/best"):
             damage(path, "altered")
         return inner(self, *given, **more)
 
     monkeypatch.setattr(Classify, "evaluate", evaluate)
     message = fails(DamagedError, 5, tiny.recipe(place), folder)
-    assert "step-000008/adapter.safetensors: not what was written" in message
+    assert "best/adapter.safetensors: not what was written" in message
     assert load(folder / "status.json")["state"] == "failed"
 
 

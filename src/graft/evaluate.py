@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graft.data.batch import evaluation_batches, pad
+from graft.data.batch import in_batches, pad
 from graft.data.load import Row
 from graft.errors import DataError
 from graft.model import Base
@@ -27,7 +27,8 @@ def embed(base: Base, texts: Sequence[str], entry: Entry, *, max_length: int = 1
     ids = base.tokenizer(list(texts), truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
     filler = base.config.pad_token_id or 0
     result = torch.empty(len(texts), base.hidden_size)
-    for rows in evaluation_batches([len(row) for row in ids], batch_size):
+
+    def work(rows: list[int]) -> None:
         batch = {
             "input_ids": pad([ids[row] for row in rows], filler, base.device),
             "attention_mask": pad([[1] * len(ids[row]) for row in rows], 0, base.device),
@@ -35,6 +36,8 @@ def embed(base: Base, texts: Sequence[str], entry: Entry, *, max_length: int = 1
         with base.route(entry):
             pooled = pool(base.hidden(batch), "mean")
         result[rows] = F.normalize(pooled.float(), dim=1).cpu()
+
+    in_batches([len(row) for row in ids], batch_size, work)
     return result
 
 

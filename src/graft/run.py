@@ -31,6 +31,7 @@ from graft.quantize import described, require_bitsandbytes
 from graft.recipe import Recipe
 from graft.runfolder import RunFolder, find_run
 from graft.stats import interval
+from graft.train import checkpoint
 from graft.train.loop import Fit, Point, Trainer
 from graft.train.precision import Precision
 
@@ -75,6 +76,8 @@ def execute(
     with folder.open(recipe.resolved(), recipe.to_yaml()) as fresh:
         if not fresh:
             folder.check_data(splits.sha256)
+            if say:
+                say(f"{path} holds this run, finished; change a setting or give another folder with -o to train again")
             return folder.read("report.json")
 
         def tell(phase: str, fraction: float) -> None:
@@ -90,6 +93,8 @@ def execute(
             )
             write_json(path / "report.json", report)
             folder.status("done", fraction=1.0)
+            for step in checkpoint.steps(path / "checkpoints"):
+                checkpoint.remove(checkpoint.at(path / "checkpoints", step))
         except BaseException as error:
             started = (path / "metrics.jsonl").exists()
             if isinstance(error, UsageError | DamagedError) and not started:
@@ -145,10 +150,13 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
         run.say(line)
         say(line)
 
+    start = _start(run, tell)
     train, validation, measuring = _read_rows(run, tell)
     expected = _forecast(run, method, train)
     run.watch("loading the base", 0.0)
     base = load_for(run.recipe, run.precision, run.accelerator.device)
+    if start is not None:
+        _same_base(run, base)
     _record_environment(run, base)
     adapter = build_adapter(run.recipe, method, base, run.splits.labels)
     check_positions(base, adapter, run.recipe.max_length)
@@ -178,6 +186,10 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
         engine=run.recipe.engine,
         say=tell,
         pass_rows=0 if expected is None else expected.pass_rows,
+        start=start,
+        earlier=[]
+        if start is None
+        else [Point(**given) for given in run.folder.points(checkpoint.check(start)["step"])],
     )
     fitted = trainer.fit(train, validation)
     peak, rows_of_pass = memory.bytes(), trainer.pass_rows
@@ -213,6 +225,26 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
         "best_step": fitted.best_step,
         "steps": fitted.steps,
     }
+
+
+def _start(run: _Run, tell: Callable[[str], None]) -> Path | None:
+    """Where a run that was ended early goes on; None for one that begins. Raises `DataError` for changed data."""
+    found = checkpoint.newest(run.folder.path / "checkpoints", tell)
+    if found is None:
+        run.folder.clear()
+        return None
+    run.folder.check_data(run.splits.sha256)
+    tell(f"going on behind step {checkpoint.check(found)['step']}")
+    return found
+
+
+def _same_base(run: _Run, base: Base) -> None:
+    before = run.folder.read("env.json").get("model", {}).get("fingerprint")
+    if before != base.fingerprint:
+        raise RecipeError(
+            f"the weights of {base.name} have changed since {run.folder.path} was begun",
+            "choose another folder with -o",
+        )
 
 
 def _forecast(run: _Run, method: Method, train: Sequence[Any]) -> Forecast | None:
@@ -298,6 +330,7 @@ def _curve_point(point: Point, loss: float) -> dict[str, Any]:
 
 
 def _measure_base(run: _Run) -> dict[str, Any]:
+    run.folder.clear()
     run.watch("reading the rows", 0.0)
     _tell_of_data(run, run.say)
     measuring = assessor(run.recipe, run.splits, run.accelerator, run.watch)

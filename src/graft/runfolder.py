@@ -2,7 +2,7 @@
 
 runs/NAME/  recipe.yaml   every setting        env.json       versions, hardware, hashes of data and model
             status.json   running, done, …     metrics.jsonl  one line per optimizer step
-            log.txt       what was printed     checkpoints/   the best step so far
+            log.txt       what was printed     checkpoints/   the best step, and where the run can go on
             adapter/      what was trained     report.json    the final figures
             correct.json  the score of each test row
             answers.jsonl what was generated for them       skipped.jsonl  rows that could not be read
@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,6 +28,10 @@ FILES = {
 }  # fmt: skip
 
 
+_BEGUN = {"env.json", "metrics.jsonl", "log.txt", "skipped.jsonl", "checkpoints"}
+"""What a run that was ended early goes on with."""
+
+
 class RunFolder:
     """One run's folder."""
 
@@ -39,8 +43,8 @@ class RunFolder:
     def open(self, recipe: Mapping[str, Any], yaml: str) -> Iterator[bool]:
         """Hold the folder for one run; gives False when it holds this very run, finished.
 
-        An unfinished start of the same run is removed. Raises `RecipeError` when the folder holds another run or other
-        files, `ResourceError` when another process is running there.
+        Of an unfinished start of the same run what it can go on with stays: see `clear`. Raises `RecipeError` when the
+        folder holds another run or other files, `ResourceError` when another process is running there.
         """
         self.check(recipe)
         try:
@@ -54,13 +58,14 @@ class RunFolder:
             if self.finished(recipe):
                 yield False
                 return
-            self._clear()
+            self.clear(keep=_BEGUN)
             write_text(self.path / "recipe.yaml", yaml)
             self.status("running", phase="starting", fraction=0.0)
             yield True
 
-    def _clear(self) -> None:
-        for name in FILES - {".lock"}:
+    def clear(self, keep: Collection[str] = ("recipe.yaml", "status.json")) -> None:
+        """Remove what a run wrote, but for some files."""
+        for name in FILES - {".lock", *keep}:
             # Beside a file stands what was left of it when its writer was killed: see graft.files.
             for old in [self.path / name, *self.path.glob(f".{name}.*")]:
                 if old.is_dir():
@@ -70,7 +75,7 @@ class RunFolder:
 
     def discard(self) -> None:
         """Remove what `open` has written, and the folder when nothing else is in it."""
-        self._clear()
+        self.clear(keep=())
         (self.path / ".lock").unlink(missing_ok=True)
         with suppress(OSError):
             self.path.rmdir()
@@ -141,6 +146,20 @@ class RunFolder:
         stopped = isinstance(error, KeyboardInterrupt)
         cause = "interrupted" if stopped else error.message if isinstance(error, GraftError) else repr(error)
         self.status("stopped" if stopped else "failed", cause=cause)
+
+    def points(self, step: int) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl up to a step; those behind it, and one that was not written to its end, go."""
+        path = self.path / "metrics.jsonl"
+        kept = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+            try:
+                point = json.loads(line)
+                if point["step"] <= step:
+                    kept.append(point)
+            except (ValueError, KeyError, TypeError):
+                continue
+        write_text(path, "".join(json.dumps(point, ensure_ascii=False) + "\n" for point in kept))
+        return kept
 
     def append(self, name: str, line: str) -> None:
         """Add a line to a log file."""

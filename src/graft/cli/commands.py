@@ -37,6 +37,14 @@ app.command()(look.schema)
 app.add_typer(data.app, name="data")
 app.add_typer(look.assets_app, name="assets")
 
+_FINISHED = "; the same command starts again and repeats no finished trial"
+_AGAIN = {
+    "compare": _FINISHED,
+    "demo": _FINISHED,
+    "train": "; the same command goes on behind the last checkpoint, where there is one",
+}
+"""What an interrupted command says of being called again."""
+
 # typer carries a copy of click, in earlier versions click itself: their common error is found through typer.
 _ClickUsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -76,9 +84,7 @@ def main() -> None:
     except GraftError as error:
         code = _say(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        resumes = sys.argv[1:2] in (["compare"], ["demo"])
-        hint = "; the same command starts again and repeats no finished trial" if resumes else ""
-        code = _say(f"interrupted{hint}", 130)
+        code = _say(f"interrupted{_AGAIN.get(sys.argv[1] if len(sys.argv) > 1 else '', '')}", 130)
     except BrokenPipeError:
         code = 0
     except OSError as error:

@@ -2,13 +2,11 @@
 
 import os
 import shutil
-import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
-from tempfile import gettempdir
 from typing import Literal, TypeVar
 
 import torch
@@ -21,17 +19,19 @@ Choice = Literal["auto"] | bool
 
 GAIN = 0.17
 """Share of a step's time that compiling saves: SmolLM2-135M with LoRA on two cores: 17 to 25 %."""
-COST = {True: 12.0, False: 30.0}
-"""Seconds until compiled code is there, on two cores: when the same was compiled before, since its kernels are kept on
-disk, and when not. Measured: 9 and 19 s for SmolLM2-135M with LoRA."""
+COST = 25.0
+"""Seconds until compiled code is there, on two cores: 19 for SmolLM2-135M with LoRA (9 when its kernels are on
+disk), and more for other forms of batches. What is on disk must not count: compiled layers round differently, and
+the same recipe is to give the same adapter."""
+RATE = {torch.float32: 0.8e11, torch.bfloat16: 2e11}
+"""Operations a second and thread of a training step, which has four for each weight and token: measured on an AMD EPYC
+with AVX512-BF16. A clock would decide otherwise from run to run."""
 _WARNINGS = (
     "The .grad attribute of a Tensor that is not a leaf",
     "<class 'torch.autograd.function.Function'> should not be instantiated",
     "`torch.jit",
 )
 """What torch 2.13 says of its own code while it compiles."""
-_WATCHED = 5
-"""Steps that are timed before `auto` decides; the first two warm up."""
 
 
 def unavailable() -> str | None:
@@ -55,31 +55,39 @@ def drops(layers: Iterable[nn.Module]) -> bool:
     return any(isinstance(module, nn.Dropout) and module.p > 0 for layer in layers for module in layer.modules())
 
 
-def pays(seconds_per_step: float, steps_left: int, known: bool) -> bool:
-    """Whether compiling saves more than it costs in the steps that are left."""
-    return GAIN * seconds_per_step * steps_left > COST[known]
+def pays(base: Base, tokens: int) -> bool:
+    """Whether compiling saves more than it costs in a run over so many tokens, padding included."""
+    weights = sum(parameter.numel() for layer in layers_of(base) for parameter in layer.parameters())
+    rate = RATE.get(base.model.dtype, RATE[torch.float32]) * torch.get_num_threads()
+    return GAIN * 4 * weights * tokens / rate > COST
 
 
 class LayerCompiler:
-    """Compiles the layers of a base at the right moment of a run, and leaves them as they were.
+    """Compiles the layers of a base for a run, and leaves them as they were."""
 
-    `key` stands for what decides the code (model, method, number format): whether the same was compiled before.
-    """
-
-    def __init__(self, base: Base, choice: Choice, key: str, say: Callable[[str], None]) -> None:
+    def __init__(self, base: Base, choice: Choice, say: Callable[[str], None]) -> None:
         self.base = base
         self.choice = choice
         self.say = say
-        # Beside torch's kernels, with which it is removed; torch sets the variable when it is loaded.
-        self.mark = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or gettempdir()) / "graft" / key
-        self.seconds: list[float] = []
         self.on = False
         self.first = True
 
-    def start(self) -> None:
-        """Before the first step: compile where the recipe says so, whatever it costs."""
+    def start(self, tokens: int) -> None:
+        """Before the first step of a run over so many tokens: compile where the recipe says so, or where it pays."""
         if self.choice is True:
             self._compile("set in the recipe")
+        elif self._may() and pays(self.base, tokens):
+            self._compile(f"the run is long enough to gain from it, about {GAIN:.0%} of each step")
+
+    def _may(self) -> bool:
+        # On CPUs only: what it costs and gains was not measured on GPUs. Not with dropout: compiled code draws a random
+        # number for each element, so an encoder's step took 139 instead of 112 ms.
+        return (
+            self.choice == "auto"
+            and self.base.device.type == "cpu"
+            and not drops(layers_of(self.base))
+            and unavailable() is None
+        )
 
     def attempt(self, rows: int, step: Callable[[], T], undo: Callable[[], None]) -> T:
         """`step()`, whose smallest pass has so many rows; where `auto` chose compiled code that does not work, again
@@ -87,36 +95,23 @@ class LayerCompiler:
         if rows == 1:  # torch compiles sizes of 1 anew
             with self.paused():
                 return step()
-        if not (self.on and self.first and self.choice == "auto"):
+        if not (self.on and self.first):
             return step()
+        began = time.perf_counter()
         try:
-            return step()
+            result = step()
         except RuntimeError as error:  # TorchDynamo's errors and the compiler's are of this class
+            if self.choice is True:
+                raise
             lines = str(error).strip().splitlines() or [type(error).__name__]
             self.say(f"compiling failed, so the run goes on without: {lines[0][:160]}")
             self.stop()
             self.choice = False
             undo()
             return step()
-
-    def after_step(self, seconds: float, steps_left: int) -> None:
-        """After each step: note what it took, and compile when that pays."""
-        if self.on and self.first:
-            self.first = False
-            self.mark.parent.mkdir(parents=True, exist_ok=True)
-            self.mark.touch()
-            self.say(f"the first compiled step took {seconds:.0f} s")
-        if self.choice != "auto" or self.on:
-            return
-        self.seconds.append(seconds)
-        # On CPUs only: what it costs and gains was not measured on GPUs. Not with dropout: compiled code draws a random
-        # number for each element, so an encoder's step took 139 instead of 112 ms.
-        measured = self.base.device.type == "cpu" and not drops(layers_of(self.base))
-        if len(self.seconds) == _WATCHED and measured and unavailable() is None:
-            step = statistics.median(self.seconds[2:])
-            known = self.mark.exists()
-            if pays(step, steps_left, known):
-                self._compile(f"{steps_left} steps of {step:.2f} s are left, which it shortens by about {GAIN:.0%}")
+        self.first = False
+        self.say(f"the first compiled step took {time.perf_counter() - began:.0f} s")
+        return result
 
     def _compile(self, why: str) -> None:
         self.say(f"compiling the repeated layer: {why}")

@@ -56,6 +56,8 @@ class Result:
     """Further figures by name, such as perplexity."""
     samples: list[dict[str, Any]] = field(default_factory=list)
     """What was generated, one entry for each row, where an objective generates: place, prompt, reference, answer."""
+    batch_size: int = 0
+    """Rows of a pass, fewer than asked where memory ran out; 0 where that is not known."""
 
 
 class Objective(Config):

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graft.data.batch import evaluation_batches, pad
+from graft.data.batch import in_batches, pad
 from graft.engine.loss import chunked_loss
 from graft.errors import UsageError
 from graft.families import Family
@@ -49,6 +50,8 @@ class RowFigures:
     loss: Tensor
     tokens: Tensor
     right: Tensor
+    batch_size: int
+    """Rows of a batch, fewer than asked where memory ran out."""
 
     @property
     def mean_loss(self) -> float:
@@ -216,21 +219,25 @@ def row_figures(
     """Loss, tokens and right guesses of every row, in the order given."""
     loss, right = torch.zeros(len(examples), dtype=torch.double), torch.zeros(len(examples), dtype=torch.long)
     tokens = torch.zeros(len(examples), dtype=torch.long)
-    batches = evaluation_batches([len(example) for example in examples], batch_size)
-    for number, rows in enumerate(batches):
+
+    def work(rows: list[int]) -> None:
         batch, targets = collate(base, [examples[row] for row in rows])
         states = hidden_states(base, batch, entry).last
-        index = torch.tensor(rows)[(targets != -100).nonzero()[:, 0].cpu()]
         known = targets[targets != -100]
         flat = states[targets != -100]
+        losses, guesses = [], []
         for start in range(0, len(known), _AT_ONCE):
             part = slice(start, start + _AT_ONCE)
             with base.route(entry):
                 logits = base.logits(flat[part][None])[0]
-            losses = F.cross_entropy(logits, known[part], reduction="none")
-            loss.index_add_(0, index[part], losses.double().cpu())
-            right.index_add_(0, index[part], (logits.argmax(dim=1) == known[part]).long().cpu())
+            losses.append(F.cross_entropy(logits, known[part], reduction="none").double().cpu())
+            guesses.append((logits.argmax(dim=1) == known[part]).long().cpu())
+        index = torch.tensor(rows)[(targets != -100).nonzero()[:, 0].cpu()]
+        if losses:
+            loss.index_add_(0, index, torch.cat(losses))
+            right.index_add_(0, index, torch.cat(guesses))
         tokens.index_add_(0, index, torch.ones_like(index))
-        if report:
-            report("evaluating", (number + 1) / len(batches))
-    return RowFigures(loss, tokens, right)
+
+    done = None if report is None else partial(report, "evaluating")
+    size = in_batches([len(example) for example in examples], batch_size, work, done)
+    return RowFigures(loss, tokens, right, size)

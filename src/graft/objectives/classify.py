@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from graft.data.batch import evaluation_batches, pad
+from graft.data.batch import in_batches, pad
 from graft.data.load import Row, Unit
 from graft.errors import DataError, UsageError
 from graft.model import Base
@@ -130,17 +131,19 @@ class Classify(Objective):
         """Accuracy, with no more than one batch of scores in memory."""
         correct = [0.0] * len(examples)
         loss = 0.0
-        batches = evaluation_batches([len(example) for example in examples], batch_size)
-        for number, rows in enumerate(batches):
+
+        def work(rows: list[int]) -> None:
+            nonlocal loss
             chosen = [examples[row] for row in rows]
             logits = scores(base, collate(base, chosen), entry).float()
             targets = torch.tensor([example.target for example in chosen], device=logits.device)
             loss += float(F.cross_entropy(logits, targets, reduction="sum"))
             for row, right in zip(rows, (logits.argmax(dim=1) == targets).tolist(), strict=True):
                 correct[row] = float(right)
-            if report:
-                report("evaluating", (number + 1) / len(batches))
-        return Result(sum(correct) / len(correct), loss / len(correct), correct)
+
+        done = None if report is None else partial(report, "evaluating")
+        size = in_batches([len(example) for example in examples], batch_size, work, done)
+        return Result(sum(correct) / len(correct), loss / len(correct), correct, batch_size=size)
 
 
 def _trainable(adapter: Adapter) -> bool:

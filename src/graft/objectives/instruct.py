@@ -184,7 +184,7 @@ class Instruct(Causal):
              "answer": text, "ended": answer.ended, "score": score}
             for turn, text, answer, score in zip(asked, written, answers, scores, strict=True)
         ]  # fmt: skip
-        return Result(sum(scores) / len(scores), figures.mean_loss, scores, further, samples)
+        return Result(sum(scores) / len(scores), figures.mean_loss, scores, further, samples, figures.batch_size)
 
     def longest_answer(self, examples: Sequence[Turn]) -> int:
         """`max_new_tokens`, or a quarter more than the longest reference."""

@@ -92,4 +92,5 @@ class Pretrain(Causal):
             right[piece.text] = right.get(piece.text, 0) + guessed
             tokens[piece.text] = tokens.get(piece.text, 0) + count
         each = [right[text] / tokens[text] for text in right]
-        return Result(sum(each) / len(each), figures.mean_loss, each, {"perplexity": figures.perplexity})
+        further = {"perplexity": figures.perplexity}
+        return Result(sum(each) / len(each), figures.mean_loss, each, further, batch_size=figures.batch_size)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +16,7 @@ from accelerate.state import AcceleratorState
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from graft.config import Config
 from graft.data.batch import training_batches
@@ -31,8 +31,9 @@ from graft.objectives.base import Objective, Result, silent
 from graft.parts.base import Adapter
 from graft.train import checkpoint
 from graft.train.guards import MovementGuard, require_finite
-from graft.train.optim import Kind, Schedule, make_optimizer, make_schedule
+from graft.train.optim import Kind, Schedule, make_optimizer, make_schedule, schedule_at
 from graft.train.precision import Choice
+from graft.train.resume import Keeper, restore, whole_steps
 
 _SHOWN = 3
 """Answers that are kept of each evaluation."""
@@ -180,9 +181,14 @@ class Trainer:
     pass_rows: int = 0
     """Rows of one pass: as the recipe says when left out, fewer where memory is too little. A step has the same rows
     and the same gradient, whatever it is cut into."""
+    start: Path | None = None
+    """A checkpoint of this very run, to go on behind it."""
+    earlier: Sequence[Point] = ()
+    """The points of the steps up to `start`."""
 
     def __post_init__(self) -> None:
         self.pass_rows = self.pass_rows or self.training.per_device_train_batch_size
+        self.evaluation_rows = self.training.per_device_eval_batch_size
 
     @property
     def method(self) -> Method:
@@ -232,64 +238,110 @@ class Trainer:
         schedule = make_schedule(optimizer, total, warmup, self.training.lr_scheduler_type)
         guard = MovementGuard(self.base, self.adapter)
         result = Fit()
+        if self.start is not None:
+            result = self._resumed(self.start, optimizer)
+            schedule_at(schedule, result.steps)
         if self.training.preflight:
             self.rehearse(train)
         # torch 2.13 cannot compile a checkpoint that restores the route; over NF4 it was not tried.
         uncompiled = self.training.gradient_checkpointing or self.base.quantization is not None
-        choice = False if uncompiled else self.engine.compile
-        compiler = LayerCompiler(self.base, choice, self._compiled_key(), self.say)
-        compiler.start()
+        compiler = LayerCompiler(self.base, False if uncompiled else self.engine.compile, self.say)
+        lengths = [len(example) for example in train]
+        compiler.start(round(sum(lengths) / len(lengths) * self.rows_per_step * total))
+        keeper = Keeper(self.checkpoints if self.accelerator.is_main_process else None)
         clock = time.perf_counter()
-        for rows in self._batches([len(example) for example in train], total):
-            chosen = [train[row] for row in rows]
-            progress = Progress(result.steps + 1, total)
-            self.method.before_step(self.adapter, progress)
-            smallest = len(chosen) % self.pass_rows or len(chosen)
-            loss, norm = compiler.attempt(smallest, partial(self.bearable, chosen), optimizer.zero_grad)
-            require_finite(loss, norm, result.steps + 1, [example.place for example in chosen])
-            guard.saw_gradients()
-            rate = float(schedule.get_last_lr()[0])
-            optimizer.step()
-            if progress.step == self.method.steps_to_move:
-                paused = time.perf_counter()
-                guard.check_moved(progress.step)
-                guard.check_still(progress.step)
-                clock += time.perf_counter() - paused
-            self.method.after_optimizer(self.adapter, progress)
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            result.steps += 1
-            result.examples += len(chosen)
-            taken = time.perf_counter() - clock
-            result.seconds += taken
-            point = Point(result.steps, result.examples, loss, rate, norm, result.seconds)
-            if result.steps % every == 0 or result.steps == total:
+        for rows in self._batches(lengths, total, result.steps):
+            with whole_steps() as interrupted:
+                point = self._step([train[row] for row in rows], optimizer, schedule, compiler, guard, result, total)
+                taken = time.perf_counter() - clock
+                result.seconds += taken
+                point = replace(point, seconds=result.seconds)
+                evaluates = result.steps % every == 0 or result.steps == total
+                if interrupted() and not evaluates:
+                    self._tell(result, point, total)
+                    keeper.keep(self.adapter, optimizer, self._state(result))
+            if interrupted():
+                raise KeyboardInterrupt
+            if evaluates:
                 with compiler.paused():
                     point = self._evaluate(validation, result, point, total)
             self._tell(result, point, total)
-            compiler.after_step(taken, total - result.steps)
+            if (evaluates or keeper.due()) and result.steps < total:
+                keeper.keep(self.adapter, optimizer, self._state(result))
             clock = time.perf_counter()
         compiler.stop()
         guard.check_still(result.steps)
         if self.training.load_best_model_at_end and self.checkpoints and result.best_step < result.steps:
-            checkpoint.read(checkpoint.at(self.checkpoints, result.best_step), self.adapter)
+            checkpoint.read(self.checkpoints / checkpoint.BEST, self.adapter)
         return result
+
+    def _step(
+        self,
+        chosen: Sequence[Any],
+        optimizer: Optimizer,
+        schedule: LambdaLR,
+        compiler: LayerCompiler,
+        guard: MovementGuard,
+        result: Fit,
+        total: int,
+    ) -> Point:
+        """One optimizer step over `chosen`."""
+        progress = Progress(result.steps + 1, total)
+        self.method.before_step(self.adapter, progress)
+        smallest = len(chosen) % self.pass_rows or len(chosen)
+        loss, norm = compiler.attempt(smallest, partial(self.bearable, chosen), optimizer.zero_grad)
+        require_finite(loss, norm, progress.step, [example.place for example in chosen])
+        guard.saw_gradients()
+        rate = float(schedule.get_last_lr()[0])
+        optimizer.step()
+        if progress.step == self.method.steps_to_move:
+            began = time.perf_counter()
+            guard.check_moved(progress.step)
+            guard.check_still(progress.step)
+            result.seconds -= time.perf_counter() - began
+        self.method.after_optimizer(self.adapter, progress)
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        result.steps += 1
+        result.examples += len(chosen)
+        return Point(result.steps, result.examples, loss, rate, norm, 0.0)
+
+    def _state(self, result: Fit) -> dict[str, Any]:
+        """What a checkpoint says of a run, beside tensors."""
+        best = result.best
+        return {
+            "step": result.steps,
+            "examples": result.examples,
+            "seconds": result.seconds,
+            "pass_rows": self.pass_rows,
+            "best": None if best is None else {"step": result.best_step, "quality": best.quality, "loss": best.loss},
+        }
+
+    def _resumed(self, start: Path, optimizer: Optimizer) -> Fit:
+        """Put adapter, optimizer and random numbers back, and give what was done."""
+        state = checkpoint.read(start, self.adapter)
+        restore(optimizer, checkpoint.read_training(start), state["optimizer"])
+        self.pass_rows = state["pass_rows"]
+        best = state["best"]
+        return Fit(
+            steps=state["step"],
+            examples=state["examples"],
+            seconds=state["seconds"],
+            best_step=0 if best is None else best["step"],
+            best=None if best is None else Result(best["quality"], best["loss"], []),
+            points=list(self.earlier),
+        )
 
     def parameters(self) -> list[nn.Parameter]:
         """What trains."""
         return [parameter for _, parameter in self.adapter.trainable()]
 
-    def _batches(self, lengths: Sequence[int], total: int) -> Iterator[list[int]]:
-        """Row numbers of each effective batch, over as many epochs as `total` steps need."""
+    def _batches(self, lengths: Sequence[int], total: int, done: int = 0) -> Iterator[list[int]]:
+        """Row numbers of each effective batch but the first `done`, over as many epochs as `total` steps need."""
         epochs = (
             training_batches(lengths, self.rows_per_step, seed=self.seed, epoch=epoch) for epoch in itertools.count()
         )
-        return itertools.islice(itertools.chain.from_iterable(epochs), total)
-
-    def _compiled_key(self) -> str:
-        """What decides the compiled code of this run: another run of the same finds its kernels on disk."""
-        given = (self.base.config.to_json_string(), self.method.name, self.method.model_dump_json(), torch.__version__)
-        return sha256("\n".join((*given, str(self.base.model.dtype))).encode()).hexdigest()[:32]
+        return itertools.islice(itertools.chain.from_iterable(epochs), done, total)
 
     def _training_mode(self, training: bool) -> None:
         self.base.model.train(training)
@@ -370,17 +422,18 @@ class Trainer:
         self._training_mode(False)
         with self.accelerator.autocast():
             measured = self.objective.evaluate(
-                self.base, validation, self.adapter.name, self.training.per_device_eval_batch_size, quick=True
+                self.base, validation, self.adapter.name, self.evaluation_rows, quick=True
             )
         self._training_mode(True)
+        if 0 < measured.batch_size < self.evaluation_rows:
+            self.evaluation_rows = measured.batch_size
+            self.say(f"out of memory in evaluation: passes of {self.evaluation_rows} rows from here on")
         settled = self.method.settled(Progress(result.steps, total))
         if settled and self._better(measured, result.best):
-            earlier, result.best_step, result.best = result.best_step, result.steps, measured
+            result.best_step, result.best = result.steps, measured
             if self.checkpoints is not None and self.accelerator.is_main_process:
                 state = {"step": result.steps, "quality": measured.quality, "loss": measured.loss}
-                checkpoint.write(self.checkpoints, self.adapter, state)
-                if earlier:
-                    checkpoint.remove(self.checkpoints, earlier)
+                checkpoint.write(self.checkpoints / checkpoint.BEST, self.adapter, state)
         return replace(
             point,
             quality=measured.quality,

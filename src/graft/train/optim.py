@@ -72,3 +72,13 @@ def share_of_peak(step: int, total: int, warmup: int, schedule: Schedule) -> flo
 def make_schedule(optimizer: torch.optim.Optimizer, total: int, warmup: int, schedule: Schedule) -> LambdaLR:
     """The schedule over `total` optimizer steps."""
     return LambdaLR(optimizer, lambda step: share_of_peak(step, total, warmup, schedule))
+
+
+def schedule_at(schedule: LambdaLR, step: int) -> None:
+    """Put a new schedule behind `step` steps, without going through them."""
+    schedule.last_epoch = step
+    schedule._step_count = step + 1
+    rates = [base * share(step) for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
