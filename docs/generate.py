@@ -126,6 +126,11 @@ def matrix() -> str:
     return f"{text} Refused before a model is loaded:\n\n" + "\n".join(lines)
 
 
+def signed(value: float) -> str:
+    """With its sign, one digit behind the point."""
+    return f"{value:+.1f}".replace("-", "−")
+
+
 def kept(name: str) -> dict[str, Any]:
     """A comparison that was kept."""
     return json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
@@ -526,9 +531,6 @@ def compared() -> list[tuple[str, str, str]]:
     forgot = [max(row["forgetting"].values()) for row in (full, lora)]
     told = f"{run['model']['name']}, {len(run['seeds'])} seeds"
 
-    def signed(value: float) -> str:
-        return f"{value:+.1f}".replace("-", "−")
-
     return [
         (
             "LoRA within 1 to 2 points of full fine-tuning",
@@ -606,10 +608,32 @@ def chat_table() -> str:
     return f"{results_table(comparison)}\n\n{described(comparison)}"
 
 
+def qlora_table() -> str:
+    """LoRA on a base in bf16 and in nf4."""
+    run = kept("qlora")
+    lines = [
+        "| base | weights of the base | exact match, % | peak memory of training | seconds a step |",
+        "|---|---|---|---|---|",
+    ]
+    for label, row in run["rows"].items():
+        quality, low, high = (100 * value for value in row["quality"])
+        lines.append(
+            f"| {'nf4' if label == 'QLoRA' else 'bf16'} ({label}) | {row['weights']['model'] / 1e6:.0f} MB | {quality:.1f} ({low:.1f} to {high:.1f})"
+            f" | {row['peak_memory_bytes'] / 2**30:.2f} GiB | {row['seconds_per_step']:.2f} |"
+        )
+    difference, low, high, _ = (100 * value for value in run["difference"])
+    machine = run["environment"]
+    lines.append(
+        f"\nQLoRA minus LoRA: {signed(difference)} points ({signed(low)} to {signed(high)}), paired over the same questions. `python benchmarks/qlora.py`,"
+        f" commit {machine['commit'][:7]}: {machine['cpu']}, {machine['threads']} threads beside other work, torch {machine['torch']}."
+    )
+    return "\n".join(lines)
+
+
 def readme() -> str:
     """README.md with the tables of the demos."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    tables = {"demo": ("demo", demo_table), "chat": ("family-methods", chat_table)}
+    tables = {"demo": ("demo", demo_table), "chat": ("family-methods", chat_table), "qlora": ("qlora", qlora_table)}
     for place, (name, table) in tables.items():
         start = f"<!-- {place} table: written by `make docs` from docs/results/{name}.json -->"
         end = f"<!-- end of {place} table -->"
