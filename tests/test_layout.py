@@ -26,8 +26,12 @@ ORDER_WITHIN = {
     "methods": ["folder", "base", "linears", "lowrank", "mixture", "attended", "virtual", "*", "store", "table"],
     "objectives": ["base", "causal", "*"],
     "planning": ["fake", "live", "step", "catalogue", "machine", "simulate", "smaller", "plan", "preflight"],
-    "cli": ["shared", "runs", "look", "hardware", "plan", "recommend", "data", "chat", "commands"],
+    "cli": ["shared", "runs", "export", "look", "hardware", "plan", "recommend", "data", "chat", "commands"],
     "train": ["precision", "optim", "guards", "checkpoint", "resume", "loop"],
+    "export": [
+        *("origin", "probes", "layouts", "vocabulary", "gguffile", "gotemplate", "modelfile", "llamacpp", "folders"),
+        "export",
+    ],
 }
 """Reading order inside the folders; * stands for the methods and objectives, which know nothing of each other."""
 
@@ -89,8 +93,8 @@ def test_files_import_only_from_above():
 def test_public_names():
     expected = {
         "Adapter", "Base", "GraftError", "Method", "Objective", "Part", "Recipe", "Route", "__version__", "attach",
-        "compare_methods", "decode", "detach", "execute", "hidden_states", "known_methods", "load_adapter", "load_base",
-        "merge_into", "merge_run", "read_method", "read_recipe", "save_adapter", "scores",
+        "compare_methods", "decode", "detach", "execute", "export_run", "hidden_states", "known_methods",
+        "load_adapter", "load_base", "merge_into", "merge_run", "read_method", "read_recipe", "save_adapter", "scores",
     }  # fmt: skip
     assert set(dir(graft)) == expected
     for name in expected:

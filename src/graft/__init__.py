@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graft.compare import compare as compare_methods
     from graft.errors import GraftError as GraftError
+    from graft.export.export import export_run as export_run
     from graft.generate import generate as decode
     from graft.merge import merge_run as merge_run
     from graft.methods.base import Method as Method
@@ -47,6 +48,7 @@ _HOMES = {
     "decode": ("graft.generate", "generate"),
     "detach": ("graft.parts.attach", "detach"),
     "execute": ("graft.run", "execute"),
+    "export_run": ("graft.export.export", "export_run"),
     "hidden_states": ("graft.parts.attach", "hidden_states"),
     "known_methods": ("graft.methods.base", "methods"),
     "load_adapter": ("graft.methods.store", "load"),

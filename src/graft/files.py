@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from graft.errors import ResourceError
+from graft.errors import DamagedError, ResourceError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -38,8 +38,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `path` when the block ends without an error."""
+def whole_folder(path: Path, rejected: Path | None = None) -> Iterator[Path]:
+    """A temporary folder that takes the place of `path` when the block ends without an error. Where it ends with a
+    `DamagedError`, what was written, if anything, takes the place of `rejected`, if given.
+    """
     with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -58,7 +60,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
             else:
                 os.replace(work, path)
             _flush(path.parent)
-        except BaseException:
+        except BaseException as error:
+            if rejected is not None and isinstance(error, DamagedError) and any(work.iterdir()):
+                shutil.rmtree(rejected, ignore_errors=True)
+                os.chmod(work, 0o755)
+                os.replace(work, rejected)
             shutil.rmtree(work, ignore_errors=True)
             raise
 

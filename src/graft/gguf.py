@@ -5,7 +5,8 @@ leaves behind is put right here: how digits are split, where an answer ends, rou
 """
 
 import json
-from collections.abc import Callable, Container, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -34,11 +35,21 @@ _GPT2 = frozenset(
     {"gpt-2", "phi-2", "roberta-bpe", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "mpt", "olmo", "jais"}
 )
 """Values whose vocabularies were learned on GPT-2's own splitting."""
+_COMPOSED = frozenset({"qwen2", "qwen35", "deepseek-r1-qwen", "megrez"})
+"""Values of Qwen's vocabularies: letters with separate accents are joined (NFC) before."""
 _LONG = frozenset({"tokens", "token_type", "merges", "scores", "precompiled_charsmap"})
 """Metadata of a tokenizer that is as long as its vocabulary; transformers reads it."""
 
-_HEAD_WIDTH = ".attention.key_length"
-"""End of a key that begins with the architecture."""
+_SHAPE = (
+    ".attention.key_length", ".context_length", ".feed_forward_length",
+    ".rope.freq_base", ".rope.scaling.type", ".rope.scaling.factor", ".rope.scaling.original_context_length",
+)  # fmt: skip
+"""Ends of keys that begin with the architecture and that transformers does not read for every one."""
+SPACES = "tokenizer.graft.spaces"
+"""The key by which Graft's own files say where pieces get a space before text, if not at the start; others do not."""
+
+_ROPE = "rope_freqs"
+"""The tensor of what each rotary frequency is divided by (Llama 3's scaling); transformers leaves it out."""
 
 
 def convert(path: Path, target: Path, report: Report, known: Container[str] | None = None) -> None:
@@ -52,7 +63,7 @@ def convert(path: Path, target: Path, report: Report, known: Container[str] | No
     report(f"reading {head}", 0.0)
     metadata, types = _read(path)
     _check_splitting(path, metadata)
-    dtype = _dtype(types)
+    dtype = stored_dtype(types)
     with TemporaryDirectory(dir=target.parent, prefix=".gguf-") as alone, _quiet():
         link = Path(alone) / "model.gguf"  # alone in its folder: transformers would read files beside it too
         link.symlink_to(path.absolute())
@@ -69,6 +80,14 @@ def convert(path: Path, target: Path, report: Report, known: Container[str] | No
     report(f"converted {head}", 1.0)
 
 
+def read_tokenizer(path: Path) -> Any:
+    """The tokenizer of a GGUF file, as `convert` writes it; the file may lack weights. Raises what `convert` raises."""
+    metadata, _ = _read(path, weights=False)
+    _check_splitting(path, metadata)
+    with _quiet():
+        return _attempt(path, "tokenizer", lambda: _tokenizer(str(path.parent), path.name, metadata))
+
+
 def check_package(name: str) -> None:
     """Raise `UsageError` when the package that reads `name` is missing."""
     try:
@@ -79,7 +98,7 @@ def check_package(name: str) -> None:
         ) from None
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
+def _read(path: Path, weights: bool = True) -> tuple[dict[str, Any], list[str]]:
     """The metadata that transformers does not carry over, and the types of the matrices."""
     check_package(str(path))
     from gguf import GGUFReader
@@ -95,8 +114,11 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
         reader = GGUFReader(path)
         wanted = [key for key in reader.fields if key.startswith("tokenizer.") and key.split(".")[-1] not in _LONG]
         metadata = {key: reader.fields[key].contents() for key in wanted}
-        width = next((key for key in reader.fields if key.endswith(_HEAD_WIDTH)), None)
-        metadata[_HEAD_WIDTH] = reader.fields[width].contents() if width else None
+        for end in _SHAPE:
+            key = next((key for key in reader.fields if key.endswith(end)), None)
+            metadata[end] = reader.fields[key].contents() if key else None
+        divided = next((tensor.data for tensor in reader.tensors if tensor.name.startswith(_ROPE)), None)
+        metadata[_ROPE] = None if divided is None else [float(value) for value in divided.reshape(-1)]
         types = [tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1]
         architecture, tokens = reader.get_field("general.architecture"), reader.get_field("tokenizer.ggml.tokens")
         parts = reader.get_field("split.count")
@@ -107,7 +129,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
         ) from None
     if count > 1:
         raise ModelError(f"{path} is one of {count} parts of a model", "join them with `llama-gguf-split --merge`")
-    if architecture is None or not types:
+    if architecture is None or (weights and not types):
         raise ModelError(f"{path} holds no model, only metadata", "give the file with the weights")
     if tokens is None:
         raise ModelError(f"{path} has no tokenizer", "give a GGUF file that has one, or the model's own folder")
@@ -132,8 +154,8 @@ def _check_splitting(path: Path, metadata: Mapping[str, Any]) -> None:
         )
 
 
-def _dtype(types: list[str]) -> "torch.dtype":
-    """What the weights are stored in, from the types of the matrices."""
+def stored_dtype(types: Collection[str]) -> "torch.dtype":
+    """What `convert` stores weights in, from GGUF's types of the matrices."""
     import torch
 
     if not _KEPT.issuperset(types):
@@ -142,19 +164,68 @@ def _dtype(types: list[str]) -> "torch.dtype":
 
 
 def _config(folder: str, file: str, metadata: Mapping[str, Any]) -> Any:
-    """The configuration, with the width of heads, which transformers does not read for every architecture."""
+    """The configuration, with what transformers does not read for every architecture."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
-    width = metadata.get(_HEAD_WIDTH)
+    width = metadata.get(".attention.key_length")
     if width and hasattr(config, "head_dim"):
         config.head_dim = int(width)
+    if config.model_type == "gemma3_text":  # all sizes but 27B, whose files state no other
+        config.query_pre_attn_scalar = config.head_dim
+    if config.model_type == "gpt2":
+        config.n_positions = int(metadata.get(".context_length") or config.n_positions)
+        config.n_inner = metadata.get(".feed_forward_length")
+    _set_positions(config, metadata)
     return config
+
+
+def _set_positions(config: Any, metadata: Mapping[str, Any]) -> None:
+    """How rotary positions are scaled. Raises `ValueError` for a kind that is not known.
+
+    Llama 3's scaling is kept in files as what each frequency is divided by. Divisors of no known setting are what
+    transformers has as `longrope`, where short and long rows share them.
+    """
+    rope = getattr(config, "rope_parameters", None)
+    if rope is None:
+        return
+    rope = rope.get("full_attention", rope)
+    if metadata.get(".rope.freq_base"):
+        rope["rope_theta"] = float(metadata[".rope.freq_base"])
+    kind, factor = metadata.get(".rope.scaling.type"), metadata.get(".rope.scaling.factor")
+    divisors = metadata.get(_ROPE)
+    if divisors and (known := _llama3(divisors, float(rope["rope_theta"]))):
+        rope |= known
+    elif divisors:
+        original = config.max_position_embeddings
+        more = {"short_factor": divisors, "long_factor": divisors, "factor": 1.0, "attention_factor": 1.0}
+        rope |= {"rope_type": "longrope", "original_max_position_embeddings": original} | more
+    elif kind in ("linear", "yarn") and factor:
+        rope |= {"rope_type": kind, "factor": float(factor)}
+        if kind == "yarn":
+            original = metadata.get(".rope.scaling.original_context_length")
+            rope["original_max_position_embeddings"] = int(original or config.max_position_embeddings / factor)
+    elif kind not in (None, "none", "linear", "yarn"):
+        raise ValueError(f"rotary positions scaled as {kind!r} are not known")
+
+
+def _llama3(divisors: Sequence[float], theta: float) -> dict[str, Any] | None:
+    """Llama 3's settings where these are its divisors (Llama 3.1, 3.2 and 3.3 differ in the factor): 1 for wavelengths
+    below 8192 / 4, the factor above 8192, and between them a line in the number of turns.
+    """
+    low, high, original, factor = 1.0, 4.0, 8192, max(divisors)
+    for index, divisor in enumerate(divisors):
+        turns = original / (2 * math.pi * theta ** (index / len(divisors)))
+        share = min(1.0, max(0.0, (turns - low) / (high - low)))
+        if not math.isclose(divisor, 1 / ((1 - share) / factor + share), rel_tol=1e-4):
+            return None
+    more = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
+    return {"rope_type": "llama3", "factor": factor} | more
 
 
 def _tokenizer(folder: str, file: str, metadata: Mapping[str, Any]) -> Any:
     """The tokenizer, splitting digits as the vocabulary wants it."""
-    from tokenizers import pre_tokenizers
+    from tokenizers import normalizers, pre_tokenizers
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
@@ -162,8 +233,32 @@ def _tokenizer(folder: str, file: str, metadata: Mapping[str, Any]) -> Any:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
+    if metadata.get("tokenizer.ggml.pre") in _COMPOSED:
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    if metadata.get("tokenizer.ggml.model") == "llama":
+        never = metadata.get("tokenizer.ggml.add_space_prefix") is False
+        _set_spaces(tokenizer.backend_tokenizer, "never" if never else str(metadata.get(SPACES, "first")))
     tokenizer.chat_template = metadata.get("tokenizer.chat_template")
     return tokenizer
+
+
+def _set_spaces(backend: Any, spaces: str) -> None:
+    """Where a vocabulary of pieces puts a space before text: transformers gives every one but Gemma's "first", at the
+    start. Others are "always", behind special tokens too, "prepend", the same even where text begins with a space, and
+    "never".
+    """
+    from tokenizers import decoders, normalizers, pre_tokenizers
+
+    if spaces == "first" or not isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
+        return
+    if spaces == "prepend":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = None
+        return
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=spaces, split=False)
+    if spaces == "never":
+        pieces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        backend.decoder = decoders.Sequence(pieces)
 
 
 def _model(folder: str, file: str, config: Any, dtype: "torch.dtype") -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from graft.errors import DamagedError, ModelError, NotMergeable, RecipeError, UsageError, nearest
-from graft.files import folder_bytes, whole_folder
+from graft.files import folder_bytes, whole_folder, write_json
 from graft.methods import store
 from graft.methods.base import Method, method_of, read_method
 from graft.model import Base, load_base, locate, signature_of
@@ -50,8 +51,13 @@ SENTENCES = (
 )
 """What the outputs are compared on."""
 
+SHARD_BYTES = 5_000_000_000
+"""Weights above this are written in several files, as model hubs want it."""
+
 _TOKENS = 32
-_NAME = "merged"
+NAME = "merged"
+"""What the adapter is called while it is attached."""
+
 _HEAD = "head"
 _INSTEAD = "use the adapter attached: `graft eval`, or load_adapter in Python"
 _AUTO = {"encoder": "AutoModel", "decoder": "AutoModelForCausalLM", "encoder-decoder": "AutoModelForSeq2SeqLM"}
@@ -68,7 +74,7 @@ Watch = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """An adapter folder, its base by name, and the folder that holds the adapter, where nothing may be added."""
 
     adapter: Path
@@ -97,6 +103,7 @@ def merge_run(
     dtype: str | None = None,
     model: str | None = None,
     original: bool = False,
+    rejected: Path | None = None,
     watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Merge an adapter into its base and write that to the folder `output`, whole or not at all, as a model of
@@ -108,11 +115,11 @@ def merge_run(
     that base computes with, the dequantized weights, or into the `original` ones; how far the result is from what was
     trained is measured in both cases. Raises `NotMergeable` for what no weight of the base can hold,
     `UsageError` for an `output` that is not empty, and `DamagedError` when the folder, read again, does not compute
-    what the attached adapter does; nothing is left there then.
+    what the attached adapter does; nothing is left there then, and what was written is moved to `rejected`, if given.
     """
     tell = watch or (lambda phase, share: None)
-    source, folder = _source(Path(run), model), Path(output).resolve()
-    _check_method(store.method_class(source.adapter), rank)
+    source, folder = source_of(Path(run), model), Path(output).resolve()
+    check_method(store.method_class(source.adapter), rank)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not known", nearest(dtype, DTYPES))
     quantized = store.quantized_from(source.adapter)
@@ -121,32 +128,34 @@ def merge_run(
             f"{run} was not trained on a quantized base, so there is one base only", "leave `original` out"
         )
     place = locate(source.model)
-    _check_output(folder, output, source.holder, Path(place))
-    base, adapter, rank = _attached(source, rank, quantized, tell)
-    plan = _plan(base, adapter, dtype or _checkpoint_dtype(place), quantized is not None)
+    check_output(folder, output, source.holder, Path(place))
+    base, adapter, rank = attached(source, rank, quantized, tell)
+    plan = _plan(
+        base, adapter, dtype or checkpoint_dtype(place), base.family.kind == "decoder" or quantized is not None
+    )
     tell("computing with the adapter attached", 0.3)
-    trained = expected = _outputs(base, _NAME, plan)
+    trained = expected = _outputs(base, NAME, plan)
     if original:
         del base, adapter
-        base, adapter, rank = _attached(source, rank, None, tell)
-        expected = _outputs(base, _NAME, plan)
+        base, adapter, rank = attached(source, rank, None, tell)
+        expected = _outputs(base, NAME, plan)
     method, kind = method_of(adapter).name, base.family.kind
     tell("merging", 0.4)
     try:
-        merge_into(base, _NAME)
+        merge_into(base, NAME)
     except NotMergeable as error:
         raise NotMergeable(error.message, error.remedy or _INSTEAD) from None
-    with whole_folder(folder) as work:
+    with whole_folder(folder, rejected) as work:
         tell("writing", 0.5)
         bits = _write(base, plan, work)
         del base, adapter  # reading takes as much memory again
         tell("reading what was written", 0.7)
         difference, found = _check(work, folder.name, plan, expected, bits)
-        _check_output(folder, output, source.holder, Path(place))  # again: it took a while
+        check_output(folder, output, source.holder, Path(place))  # again: it took a while
     tell("done", 1.0)
-    how = (
-        {} if quantized is None else {"merged_into": "original" if original else "dequantized"} | _kept(trained, found)
-    )
+    how = _kept(trained, found)
+    if quantized is not None:
+        how["merged_into"] = "original" if original else "dequantized"
     return {
         "folder": str(output),
         "method": method,
@@ -163,8 +172,8 @@ def merge_run(
     } | how
 
 
-def _attached(
-    source: _Source, rank: int | None, quantized: torch.dtype | None, tell: Watch
+def attached(
+    source: Source, rank: int | None, quantized: torch.dtype | None, tell: Watch
 ) -> tuple[Base, Adapter, int | None]:
     """The base in fp32, quantized from a format or not, with the adapter attached, at `rank` or its highest one."""
     tell("loading the base", 0.0)
@@ -172,7 +181,7 @@ def _attached(
     if quantized is not None:
         quantize(base, quantized)
     tell("loading the adapter", 0.25)
-    adapter = store.load(base, source.adapter, _NAME)
+    adapter = store.load(base, source.adapter, NAME)
     _take_template(base, source.adapter)
     method = method_of(adapter)
     if rank is None and method.ranks():
@@ -224,11 +233,14 @@ def merged_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _source(path: Path, model: str | None) -> _Source:
+def source_of(path: Path, model: str | None) -> Source:
+    """The adapter that a run folder, or an adapter folder with its base `model`, holds. Raises `RecipeError` and
+    `UsageError` where there is none.
+    """
     if (path / "adapter_config.json").is_file():
         if model is None:
             raise UsageError(f"{path} is an adapter folder, which has no base in it", "give its base with --model")
-        return _Source(path, model, path)
+        return Source(path, model, path)
     if (path / "trials").is_dir():
         trials = sorted(str(entry) for entry in (path / "trials").iterdir() if entry.is_dir())
         raise RecipeError(f"{path} is a comparison", f"give one of its trials: {', '.join(trials)}")
@@ -237,17 +249,19 @@ def _source(path: Path, model: str | None) -> _Source:
     if recipe.method is None:
         raise RecipeError(f"{path} measured the untouched base, so it has no adapter to merge", "give another run")
     holder = path.parents[1] if path.parent.name == "trials" else path
-    return _Source(found.path / "adapter", model or recipe.model, holder)
+    return Source(found.path / "adapter", model or recipe.model, holder)
 
 
-def _check_method(method: type[Method], rank: int | None) -> None:
+def check_method(method: type[Method], rank: int | None) -> None:
+    """Raise `NotMergeable` for a method that never merges, `UsageError` for a rank that it does not have."""
     if not method.mergeable:
         raise NotMergeable(f"{method.name} computes what no weight of the base can hold", _INSTEAD)
     if rank is not None and method.ranks is Method.ranks:
         raise UsageError(f"rank {rank}: {method.name} has no ranks to choose from", "leave the rank out")
 
 
-def _check_output(folder: Path, given: Path | str, *kept: Path) -> None:
+def check_output(folder: Path, given: Path | str, *kept: Path) -> None:
+    """Raise `UsageError` for an output that is not empty, is a file, or lies inside one of `kept`."""
     for path in kept:
         if path.is_dir() and folder.is_relative_to(path.resolve()):
             raise UsageError(f"{given} is in {path}, which stays as it is", "choose another folder with -o")
@@ -257,8 +271,8 @@ def _check_output(folder: Path, given: Path | str, *kept: Path) -> None:
         raise UsageError(f"{given} is a file", "choose another folder with -o")
 
 
-def _checkpoint_dtype(place: str) -> str:
-    """The format of most numbers in a base's safetensors files; a configuration does not always say."""
+def checkpoint_dtype(place: str) -> str:
+    """The format (a key of `DTYPES`) of most numbers in a base's safetensors files; a configuration may not say."""
     folder = Path(place)
     if not folder.is_dir():  # a hub id: its files are in the cache now
         folder = Path(cached_file(place, "config.json", local_files_only=True) or "").parent
@@ -272,9 +286,9 @@ def _checkpoint_dtype(place: str) -> str:
     return known.get(max(numbers, key=lambda name: numbers[name], default="F32"), "fp32")
 
 
-def _plan(base: Base, adapter: Adapter, dtype: str, quantized: bool) -> _Plan:
+def _plan(base: Base, adapter: Adapter, dtype: str, words: bool) -> _Plan:
     head = adapter_head(adapter)
-    own, words = type(base.model).__name__, quantized and head is None and bool(base.family.lm_head)
+    own, words = type(base.model).__name__, words and head is None and bool(base.family.lm_head)
     if head is None or not store.transformers_scores_alike(adapter, head, base):
         return _Plan(own, False, head, dtype, words)
     known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
@@ -359,8 +373,18 @@ def _write(base: Base, plan: _Plan, folder: Path) -> dict[str, tuple[int, int]]:
         base.model.generation_config.to_json_file(folder / "generation_config.json")
     config.to_json_file(folder / "config.json")
     base.tokenizer.save_pretrained(folder)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _save(tensors, folder)
     return bits
+
+
+def _save(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write weights, in several files with an index where they are large."""
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)
+    for name, keys in split.filename_to_tensors.items():
+        save_file({key: tensors[key] for key in keys}, folder / name, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def _check(

@@ -282,14 +282,23 @@ def family_of(name: str) -> Family:
     return _read_family(name, locate(name))
 
 
+def config_of(name: str) -> Any:
+    """The transformers configuration of a base, without its weights. Raises what `load_base` raises."""
+    return _read_config(name, locate(name))
+
+
 def _read_family(name: str, source: str) -> Family:
+    return FAMILIES[_read_config(name, source).model_type]
+
+
+def _read_config(name: str, source: str) -> Any:
     config = _attempt(name, source, "config", lambda: AutoConfig.from_pretrained(source, trust_remote_code=False))
     if config.model_type not in FAMILIES:
         inner = getattr(getattr(config, "text_config", None), "model_type", None)
         raise ModelError(
             f"{name}: architecture {config.model_type!r} is not known", _instead_of(config.model_type, inner)
         )
-    return FAMILIES[config.model_type]
+    return config
 
 
 def _attempt(name: str, source: str, what: str, call: Callable[[], Any]) -> Any:
