@@ -20,6 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers.tokenization_utils_base import generate_merges
 
 from graft.methods import store
 from graft.methods.base import methods, read_method
@@ -64,7 +65,7 @@ def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
     """A tokenizer whose splitting GGUF files have a name for, or of pieces."""
     if kind.startswith("pieces"):
         pad = {"pad_token": "<unk>"} if kind.endswith("none") else {}
-        return sentence_piece(MARKERS, kind=kind.split()[1], **pad)
+        return _as_learned(sentence_piece(MARKERS, kind=kind.split()[1], **pad))
     backend = Tokenizer(models.BPE())
     if kind in GGUF_PRE_TOKENIZER_SPLITS:
         split = pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS[kind]), "isolated")
@@ -82,6 +83,20 @@ def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
     )  # fmt: skip
     backend.train_from_iterator([*TEXTS, "12 345 6789  10\t11", "I'LL DON'T don't we've"], trainer)
     return wrap(backend, MARKERS, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+def _as_learned(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Merges as SentencePiece's models have them: every pair that makes a piece, pieces in the order of their ids."""
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = described["model"]["vocab"]
+    learned = {"".join(pair) for pair in described["model"]["merges"]}
+    merges = generate_merges(vocab, {piece: -index for piece, index in vocab.items() if piece in learned})
+    described["model"]["merges"] = merges
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(described)), clean_up_tokenization_spaces=False,
+        **tokenizer.special_tokens_map,
+    )  # fmt: skip
+    return made
 
 
 def write_model(folder: Path, name: str, template: str | None = "chatml", **more: Any) -> Path:

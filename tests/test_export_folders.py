@@ -31,6 +31,8 @@ from graft.run import execute
 __all__ = ["graft"]
 
 IDS = torch.arange(40).view(2, 20) * 5 % 300
+FEW = {"max_steps": 2, "precision": "fp32"}
+POOLED = {"name": "classify", "pooling": "pooler"}
 IN_PEFT = ["lora", "dora", "adalora", "ia3", "vera", "prefix", "prompt", "ptuning"]
 
 
@@ -84,10 +86,11 @@ def test_a_wrong_model_folder_is_kept_beside(source, tmp_path, monkeypatch):
 
 
 def test_a_finished_run(tmp_path, graft: Command):
-    recipe = tiny.recipe(tiny.write_all(tmp_path / "t"), training={"max_steps": 2, "precision": "fp32"})
+    recipe = tiny.recipe(tiny.write_all(tmp_path / "t"), training=FEW, objective=POOLED)
     execute(recipe, tmp_path / "run")
     for kind in ("hf", "peft"):
         result = graft("export", tmp_path / "run", "--to", kind, "-o", tmp_path / kind, "--json")
+        assert result.code == 0, result.err
         made = json.loads(result.out)
         assert made["source"]["name"] == "run"
         assert made["files"].keys() >= {"model.safetensors" if kind == "hf" else "adapter_model.safetensors"}

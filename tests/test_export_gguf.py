@@ -51,11 +51,10 @@ def logits(base: Base, rows: int = 3, length: int = 24) -> torch.Tensor:
 
 
 def only(folder: Path) -> Path:
-    files = sorted(path.name for path in folder.iterdir())
-    assert len(files) == 2
-    assert files[-1].endswith(".gguf")
-    assert "export.json" in files
-    return folder / files[-1]
+    """The file of an export, beside which there is the manifest alone."""
+    (file,) = folder.glob("*.gguf")
+    assert {path.name for path in folder.iterdir()} == {file.name, "export.json"}
+    return file
 
 
 # Every architecture -------------------------------------------------------------------------------
@@ -78,7 +77,8 @@ def test_the_file_is_the_model(place, tmp_path, name):
     assert checks["file_and_model"]["top1"] == 1.0
     assert checks["file_and_model"]["positions"] > 100
     for text in ("Hello there, how are you?", "x  12 345\n", "<|im_start|>user"):
-        assert again.tokenizer(text)["input_ids"] == base.tokenizer(text)["input_ids"]
+        cut = base.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert again.tokenizer(text, add_special_tokens=False)["input_ids"] == cut
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "gpt2"])
@@ -180,8 +180,8 @@ def test_vocabularies_of_pieces():
     assert not found.merges
     assert sum(kind == Kind.BYTE for kind in found.kinds) == 256
     assert found.kinds[tokenizer.unk_token_id] == Kind.CONTROL or found.kinds[tokenizer.unk_token_id] == Kind.UNKNOWN
-    assert vocabulary_of(tokenizer_of("pieces none"), 400).spaces == "never"
-    assert vocabulary_of(tokenizer_of("pieces prepend"), 400).spaces == "prepend"
+    assert vocabulary_of(tokenizer_of("pieces none"), 1000).spaces == "never"
+    assert vocabulary_of(tokenizer_of("pieces prepend"), 1000).spaces == "prepend"
 
 
 # Adapters -----------------------------------------------------------------------------------------
@@ -277,7 +277,8 @@ def test_a_tokenizer_that_does_not_survive(place, tmp_path, monkeypatch):
 
     def other(tokenizer: Any, rows: int) -> Any:
         found = original(tokenizer, rows)
-        found.tokens[5], found.tokens[6] = found.tokens[6], found.tokens[5]
+        a, e = found.tokens.index("a"), found.tokens.index("e")
+        found.tokens[a], found.tokens[e] = "e", "a"
         return found
 
     monkeypatch.setattr(llamacpp, "vocabulary_of", other)
@@ -360,7 +361,7 @@ def test_a_tensor_that_changes_on_disk(place, tmp_path, monkeypatch):
         original(path, *more)
 
     monkeypatch.setattr(llamacpp, "convert", altered)
-    with pytest.raises(DamagedError, match=r"1 of \d+ tensors are not what was to be written, first model"):
+    with pytest.raises(DamagedError, match=r"1 of \d+ tensors are not what was to be written, first lm_head"):
         export_run(str(model(place)), "gguf", tmp_path / "out")
 
 

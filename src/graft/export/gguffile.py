@@ -195,6 +195,7 @@ def _writer(
     writer.add_token_types([int(kind) for kind in vocabulary.kinds])
     if vocabulary.model == "gpt2":
         writer.add_tokenizer_pre(vocabulary.pre)
+        writer.add_add_space_prefix(False)
         writer.add_token_merges(list(vocabulary.merges))
     else:
         writer.add_tokenizer_pre("default")

@@ -13,8 +13,8 @@ from graft.errors import DamagedError, DataError, GraftError, NotMergeable, Usag
 from graft.export.gguffile import QUANTS, Speech, Written, file_bytes, write_gguf, write_vocabulary
 from graft.export.layouts import Layout, context_length, layout_of
 from graft.export.modelfile import begins_with_bos, modelfile
-from graft.export.origin import Origin, about, check_room, public_name, template_of
-from graft.export.probes import TEXTS, Agreement, compare, probe_rows, scores_of
+from graft.export.origin import Origin, about, check_room, template_of
+from graft.export.probes import LONGEST, TEXTS, Agreement, compare, probe_rows, scores_of
 from graft.export.vocabulary import Vocabulary, vocabulary_of
 from graft.families import FAMILIES
 from graft.files import write_text
@@ -83,7 +83,7 @@ def export_gguf(origin: Origin, work: Path, wanted: Wanted, tell: Watch) -> dict
     check_room(work, file_bytes(base, layout, wanted.quant))
     path = work / f"{origin.name}-{wanted.quant}.gguf"
     written = write_gguf(
-        base, path, public_name(origin.name), wanted.quant, layout, tokens.vocabulary, tokens.speech,
+        base, path, _title(origin.name), wanted.quant, layout, tokens.vocabulary, tokens.speech,
         lambda phase, share: tell(phase, 0.4 + 0.3 * share),
     )  # fmt: skip
     fingerprint = base.fingerprint
@@ -103,6 +103,11 @@ def export_gguf(origin: Origin, work: Path, wanted: Wanted, tell: Watch) -> dict
         "checks": checks,
         "notes": notes,
     }
+
+
+def _title(name: str) -> str:
+    """`general.name`; transformers takes a file with the very name "mistral" for another architecture."""
+    return "Mistral" if name == "mistral" else name
 
 
 def _classifier(origin: Origin) -> UsageError:
@@ -187,7 +192,8 @@ def _model(
     if origin.adapter is None:
         tell("loading the base", 0.1)
         base = load_base(origin.model)
-        rows = probe_rows(base, tokens.renderer)
+        longest = min(LONGEST, context_length(base.config)[0])
+        rows = probe_rows(base, tokens.renderer, longest)
         return base, rows, scores_of(base, None, rows), {}
     source = Source(origin.adapter, origin.model, origin.holder or origin.adapter)
     quantized = store.quantized_from(origin.adapter)
@@ -195,7 +201,8 @@ def _model(
     base, adapter, rank = attached(source, wanted.rank, before, lambda phase, share: tell(phase, 0.1 + 0.6 * share))
     if adapter_head(adapter) is not None:
         raise _classifier(origin)
-    rows = probe_rows(base, tokens.renderer)
+    longest = min(LONGEST, context_length(base.config)[0])
+    rows = probe_rows(base, tokens.renderer, longest)
     tell("computing with the adapter attached", 0.3)
     then = scores_of(base, NAME, rows)
     tell("merging", 0.35)

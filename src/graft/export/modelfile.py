@@ -63,15 +63,19 @@ class _Pieces:
 
 
 def begins_with_bos(tokenizer: Any, renderer: Renderer) -> bool:
-    """Whether a prompt begins with BOS: what readers of a file have to add."""
-    if tokenizer.bos_token_id is None:
+    """Whether readers of a file have to put BOS before texts: plain ones have it, and prompts too.
+
+    Where prompts alone have it, the template's own text stays, which readers make BOS of (SmolLM2's is <|im_start|>).
+    """
+    bos = tokenizer.bos_token_id
+    if bos is None or list(tokenizer("Hello")["input_ids"])[:1] != [bos]:
         return False
-    if renderer.template:
-        try:
-            return bool(renderer.prompt([Message("user", "Hello")])[0] == tokenizer.bos_token_id)
-        except DataError:
-            pass
-    return bool(list(tokenizer("Hello")["input_ids"])[:1] == [tokenizer.bos_token_id])
+    if not renderer.template:
+        return True
+    try:
+        return bool(renderer.prompt([Message("user", "Hello")])[0] == bos)
+    except DataError:
+        return True
 
 
 def derive(tokenizer: Any, renderer: Renderer) -> Derived:

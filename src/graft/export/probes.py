@@ -25,7 +25,7 @@ TEXTS = (
 """Texts that tokenizers must cut alike: words, numbers, spaces, code, other scripts."""
 
 _PROMPTS = ("Hello, who are you?", "Write a haiku about the sea.", "What is 12 * 12?")
-_LONGEST = 64
+LONGEST = 64
 """Tokens of a probe."""
 
 
@@ -48,8 +48,8 @@ class Agreement:
         return asdict(self)
 
 
-def probe_rows(base: Base, renderer: Renderer | None) -> list[list[int]]:
-    """Token ids of the probes, each cut to 64: sentences, and dialogues where there is a template."""
+def probe_rows(base: Base, renderer: Renderer | None, longest: int = LONGEST) -> list[list[int]]:
+    """Token ids of the probes, each cut to `longest`: sentences, and dialogues where there is a template."""
     assert base.tokenizer is not None
     rows = [list(base.tokenizer(text)["input_ids"]) for text in TEXTS]
     if renderer is not None and renderer.template:
@@ -58,7 +58,7 @@ def probe_rows(base: Base, renderer: Renderer | None) -> list[list[int]]:
                 rows.append(renderer.prompt([Message("user", prompt)]))
             except DataError:  # a template that wants a system turn, say
                 continue
-    longest = min(_LONGEST, base.max_positions or _LONGEST)
+    longest = min(longest, base.max_positions or longest)
     return [row[:longest] for row in rows if row]
 
 

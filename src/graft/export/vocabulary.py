@@ -160,6 +160,8 @@ def _told(steps: list[Mapping[str, Any]]) -> str:
 
 def _pieces(described: Mapping[str, Any], tokens: list[str], kinds: list[Kind]) -> Vocabulary:
     """Llama 2's, Mistral's and Gemma's kind, which SentencePiece learned."""
+    from transformers.tokenization_utils_base import generate_merges
+
     missing = next((piece for piece in sorted(_BYTES) if piece not in tokens), None)
     if missing is not None:
         raise UsageError(f"the tokenizer has no piece {missing} for unknown letters", _INSTEAD)
@@ -176,9 +178,12 @@ def _pieces(described: Mapping[str, Any], tokens: list[str], kinds: list[Kind]) 
     elif "Replace" not in normal:
         raise UsageError("the tokenizer has no sign for spaces", _INSTEAD)
     unknown = described["model"].get("unk_token")
+    pairs = _pairs(described["model"])
     ranks: dict[str, int] = {}
-    for rank, (left, right) in enumerate(_pairs(described["model"])):
+    for rank, (left, right) in enumerate(pairs):
         ranks.setdefault(left + right, rank)
+    if generate_merges(described["model"]["vocab"], {whole: -rank for whole, rank in ranks.items()}) != pairs:
+        notes += ("merges that scores cannot order were found: rare words may be cut into other tokens",)
     scores, named = [], []
     for token, kind in zip(tokens, kinds, strict=True):
         if token in _BYTES and kind == Kind.NORMAL:
