@@ -17,7 +17,7 @@ from graft.model import Base
 from graft.parts.attach import widest
 from graft.routing import Route
 
-_BLOCK = 64
+BLOCK = 64
 """Columns by which a layer's cache grows."""
 
 
@@ -44,7 +44,7 @@ class _BlockLayer(DynamicLayer):
         after = before + key_states.shape[-2]
         if self._shown is not keys or after > self._memory[0].shape[-2]:  # other rows or columns, or no room
             self._memory = [
-                torch.cat([old, old.new_empty(*old.shape[:2], after - before + _BLOCK, old.shape[-1])], dim=-2)
+                torch.cat([old, old.new_empty(*old.shape[:2], after - before + BLOCK, old.shape[-1])], dim=-2)
                 for old in (keys, values)
             ]
         for memory, states in zip(self._memory, (key_states, value_states), strict=True):
@@ -52,6 +52,12 @@ class _BlockLayer(DynamicLayer):
         self.keys, self.values = (memory[:, :, :after] for memory in self._memory)
         self._shown = self.keys
         return self.keys, self.values
+
+    def take(self, memory: list[Tensor], columns: int) -> None:
+        """Go on with these keys and values, which have room behind their first `columns`."""
+        self._memory = memory
+        self.keys, self.values = (tensor[:, :, :columns] for tensor in memory)
+        self._shown = self.keys
 
 
 def _new_cache(config: Any = None) -> DynamicCache:
@@ -101,16 +107,48 @@ class Decoder:
         else:
             self.ids, self.positions = tokens[:, None], last
 
+    def feed(self, piece: Sequence[int]) -> None:
+        """Let the only row, whose prompt is read in pieces, go on with its next one."""
+        ids = torch.tensor([list(piece)], device=self.base.device)
+        self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
+        self.positions = self.positions[:, -1:] + 1 + torch.arange(len(piece), device=self.base.device)
+        self.ids = ids
+
     def keep(self, places: Sequence[int]) -> None:
         """Go on with the rows at these places, in their order."""
+        if self.cache is not None:
+            self.arrange(places)
+            return
         rows = torch.tensor(places, device=self.base.device)
         self.ids, self.mask, self.positions = self.ids[rows], self.mask[rows], self.positions[rows]
         self.route = self.route.select(places)
-        width = widest(self.base, self.route)
-        if self.cache is not None:
-            self.cache.batch_select_indices(rows)
-            _cut(self.cache, self.width - width)
-        self.width = width
+
+    def arrange(self, places: Sequence[int], other: "Decoder | None" = None) -> None:
+        """Go on with the rows at these places among its own and, behind them, those of `other`, which has a cache too.
+
+        Both have read all but their rows' last token. Columns that are padding in all rows are cut off. Keys and values
+        are copied once, layer by layer, so that no more than one layer stands in memory twice.
+        """
+        sources = [self] if other is None else [self, other]
+        owned = [row for source in sources for row in (source.route.row(index) for index in range(len(source.ids)))]
+        if other is None:
+            route = self.route.select(places)
+        else:
+            route = Route.of([owned[place] for place in places], self.base.device)
+        rows = torch.tensor(places, device=self.base.device)
+        longest = max(source.mask.shape[1] for source in sources)
+        mask = torch.cat([_padded(source.mask, longest) for source in sources])[rows]
+        mask = mask[:, int(mask.any(dim=0).int().argmax()) :]
+        old = [(source.width, source.mask.shape[1] - 1) for source in sources]
+        new = (widest(self.base, route), mask.shape[1] - 1)
+        apart = self.base.family.positions == "absolute"
+        moves = _runs(places, len(self.ids))
+        layers: Any = zip(*(source.cache.layers for source in sources if source.cache is not None), strict=True)
+        for group in layers:
+            _move(group, moves, [_spans(shape, new, apart) for shape in old], sum(new))
+        self.ids = torch.cat([source.ids for source in sources])[rows]
+        self.positions = torch.cat([source.positions for source in sources])[rows]
+        self.mask, self.route, self.width = mask, route, new[0]
 
 
 class PairDecoder:
@@ -152,6 +190,65 @@ class PairDecoder:
             self.cache.batch_select_indices(rows)
             _cut(self.cache.cross_attention_cache, self.width - width)
         self.width = width
+
+
+def _padded(mask: Tensor, columns: int) -> Tensor:
+    """A mask [rows, T] with padding in front: [rows, columns]."""
+    return torch.nn.functional.pad(mask, (columns - mask.shape[1], 0))
+
+
+def _runs(places: Sequence[int], first: int) -> list[tuple[int, int, int, int]]:
+    """Rows that stay beside each other, as (source, its row, new row, count): source 0 has `first` rows."""
+    runs: list[tuple[int, int, int, int]] = []
+    for new, place in enumerate(places):
+        source, row = (0, place) if place < first else (1, place - first)
+        if runs and runs[-1][0] == source and runs[-1][1] + runs[-1][3] == row:
+            runs[-1] = (*runs[-1][:3], runs[-1][3] + 1)
+        else:
+            runs.append((source, row, new, 1))
+    return runs
+
+
+def _spans(old: tuple[int, int], new: tuple[int, int], apart: bool) -> list[tuple[int, int, int]]:
+    """Columns of a cache as (column, new column, count), for a block of virtual tokens and the rows behind it, old and
+    new. Both are aligned to the right; where they stand `apart`, each for itself, else as one.
+    """
+    if not apart:
+        count = min(sum(old), sum(new))
+        return [(sum(old) - count, sum(new) - count, count)]
+    block, rows = min(old[0], new[0]), min(old[1], new[1])
+    return [(old[0] - block, new[0] - block, block), (sum(old) - rows, sum(new) - rows, rows)]
+
+
+def _move(
+    layers: Sequence[Any],
+    runs: list[tuple[int, int, int, int]],
+    spans: list[list[tuple[int, int, int]]],
+    columns: int,
+) -> None:
+    """Make the first of these layers hold `columns` columns of the rows of all."""
+    first = layers[0]
+    width, room = columns, BLOCK
+    if first.is_sliding:  # it holds the last columns only, and counts all
+        width, room = min(columns, first.sliding_window - 1), 0
+        kept = [min(layer.keys.shape[-2], width) for layer in layers]
+        spans = [[(layer.keys.shape[-2] - n, width - n, n)] for layer, n in zip(layers, kept, strict=True)]
+    rows = sum(count for *_, count in runs)
+    moved = []
+    for name in ("keys", "values"):
+        like = getattr(first, name)
+        # Zeros, since what stands in padding is multiplied with a share of zero.
+        states = like.new_zeros(rows, like.shape[1], width + room, like.shape[-1])
+        for source, row, new, count in runs:
+            old = getattr(layers[source], name)[row : row + count]
+            for begin, put, size in spans[source]:
+                states[new : new + count, :, put : put + size] = old[:, :, begin : begin + size]
+        moved.append(states)
+    if isinstance(first, _BlockLayer):
+        first.take(moved, width)
+    else:
+        first.keys, first.values = moved
+        first.cumulative_length = columns
 
 
 def _cut(cache: DynamicCache, columns: int) -> None:

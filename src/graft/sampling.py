@@ -72,7 +72,7 @@ class Chooser:
             if self.step % _DRAWS == 0:
                 drawn = [source.random(_DRAWS, dtype=numpy.float32) for source in self.sources]
                 self.draws = torch.from_numpy(numpy.stack(drawn)).to(scores.device)
-            tokens = _draw(scores, self.sampling, self.draws[:, self.step % _DRAWS, None])
+            tokens = _draw(scores, [self.sampling] * len(scores), self.draws[:, self.step % _DRAWS, None])
         self.step += 1
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
@@ -94,20 +94,55 @@ class Chooser:
         return torch.where(self.seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
 
 
-def _draw(scores: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
-    """Tokens [rows] for numbers [rows, 1] from 0 to 1: where the number falls when the candidates' shares are laid end
-    to end.
+class Draws:
+    """The random numbers of one row: the same that `Chooser` takes for a row of this number."""
+
+    def __init__(self, seed: int, number: int) -> None:
+        self._source = numpy.random.default_rng([seed, number])
+        self._made: list[float] = []
+
+    def next(self) -> float:
+        """The next number from 0 to 1."""
+        if not self._made:
+            self._made = self._source.random(_DRAWS, dtype=numpy.float32)[::-1].tolist()
+        return self._made.pop()
+
+
+def choose_each(scores: Tensor, samplings: Sequence[Sampling], draws: Sequence[Draws]) -> Tensor:
+    """The next tokens [rows] for scores [rows, vocabulary], each row with settings and random numbers of its own.
+
+    No row's token depends on the others. Penalties for repetition are left out: they need all tokens of a row.
     """
+    tokens = scores.argmax(dim=-1)
+    kinds: dict[tuple[int, bool], list[int]] = {}
+    for row, sampling in enumerate(samplings):
+        if sampling.temperature > 0:
+            kinds.setdefault((sampling.top_k, sampling.top_p < 1), []).append(row)
+    for rows in kinds.values():
+        numbers = torch.tensor([[draws[row].next()] for row in rows], device=scores.device)
+        tokens[rows] = _draw(scores[rows], [samplings[row] for row in rows], numbers)
+    return tokens
+
+
+def _draw(scores: Tensor, samplings: Sequence[Sampling], draws: Tensor) -> Tensor:
+    """Tokens [rows] for numbers [rows, 1] from 0 to 1: where the number falls when the candidates' shares are laid end
+    to end. The rows' settings have one top_k, and all a top_p below 1 or none.
+    """
+    first = samplings[0]
+    temperature, top_p = (
+        torch.tensor(values, device=scores.device, dtype=torch.float)[:, None]
+        for values in ([one.temperature for one in samplings], [one.top_p for one in samplings])
+    )
     # Less the best score first: divided by a small temperature, scores exceed what a float holds.
-    scores = (scores.float() - scores.float().amax(dim=-1, keepdim=True)) / sampling.temperature
+    scores = (scores.float() - scores.float().amax(dim=-1, keepdim=True)) / temperature.clamp(min=1e-37)
     ids: Tensor | None = None
-    if 0 < sampling.top_k < scores.shape[-1]:
-        scores, ids = scores.topk(sampling.top_k)
+    if 0 < first.top_k < scores.shape[-1]:
+        scores, ids = scores.topk(first.top_k)
     shares = scores.softmax(dim=-1)
-    if sampling.top_p < 1:
+    if first.top_p < 1:
         if ids is None:
-            shares, ids = _best(shares, sampling.top_p)
-        shares = shares.masked_fill(shares.cumsum(dim=-1) - shares >= sampling.top_p, 0.0)
+            shares, ids = _best(shares, top_p)
+        shares = shares.masked_fill(shares.cumsum(dim=-1) - shares >= top_p, 0.0)
     ends = shares.cumsum(dim=-1)
     whole = ends[:, -1:]
     # The second condition keeps a number that is rounded up to the whole from passing the last candidate.
@@ -115,14 +150,14 @@ def _draw(scores: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     return (places if ids is None else ids.gather(1, places))[:, 0]
 
 
-def _best(shares: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+def _best(shares: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
     """Shares and ids of the best tokens, in order, that hold at least `top_p` in every row.
 
     Sorting 32 rows of 49,152 shares takes longer than a step of a small model.
     """
     if shares.shape[-1] > _NUCLEUS:
         best, ids = shares.topk(_NUCLEUS)
-        if bool((best.sum(dim=-1) >= top_p).all()):
+        if bool((best.sum(dim=-1) >= top_p[:, 0]).all()):
             return best, ids
     best, ids = shares.sort(dim=-1, descending=True)
     return best, ids

@@ -1,0 +1,1 @@
+"""Serving: an OpenAI-shaped server for a base and many adapters."""

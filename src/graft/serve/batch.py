@@ -1,0 +1,297 @@
+"""The running batch: rows join and leave at every token, each through its own adapter.
+
+Prompts are read in passes of their own, of a bounded number of tokens, between the steps of the rows that run. A row is
+let in only when the keys and values of all rows, with every token that they may still get, fit the memory given: they
+stand in one block of [rows, columns], so what counts is the number of rows times the longest of them.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from graft.decoding import BLOCK, Decoder
+from graft.model import Base
+from graft.routing import Route
+from graft.sampling import GREEDY, Draws, Sampling, choose_each
+
+_SHARE = 8
+"""Ended rows leave, and waiting ones join, when they are one row in so many: each copies the keys and values once."""
+_PATIENCE = 4
+"""Steps after which waiting rows join however few they are."""
+
+Ending = Literal["stop", "length"]
+"""What ended a row: a stop id or stop string, or a limit."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of an answer."""
+
+    id: int
+    logprob: float = 0.0
+    """The logarithm of its share, before temperature and top_p; 0 where it was not asked for."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens with theirs, the best first."""
+
+
+@dataclass(eq=False)
+class Row:
+    """One answer to be written."""
+
+    prompt: Sequence[int]
+    max_tokens: int
+    """Tokens at most, 1 or more."""
+    stop_ids: frozenset[int] = frozenset()
+    sampling: Sampling = GREEDY
+    number: int = 0
+    """Which of several answers to one prompt: with the seed it decides the draws."""
+    top_logprobs: int | None = None
+    """How many likeliest tokens to tell with each token; None tells no shares at all."""
+    entry: str | None = None
+    """The attached adapter that it goes through, set when it is let in at the latest."""
+    virtual: int = 0
+    """Columns that the adapter's virtual tokens take."""
+    ids: list[int] = field(default_factory=list)
+    """Tokens so far, without the stop id."""
+    ending: Ending | None = None
+    """What ended it; None while it goes on."""
+    cancelled: bool = False
+    """Whether nobody waits for it any more."""
+
+    def __post_init__(self) -> None:
+        self.draws = Draws(self.sampling.seed, self.number)
+
+    @property
+    def columns(self) -> int:
+        """Columns of its own that it may come to, with the room by which they grow."""
+        return len(self.prompt) + self.max_tokens + BLOCK
+
+    def take(self, token: int) -> None:
+        """Note the next token, which may end the row."""
+        if token in self.stop_ids:
+            self.ending = "stop"
+            return
+        self.ids.append(token)
+        if len(self.ids) >= self.max_tokens:
+            self.ending = "length"
+
+    def end(self, ending: Ending) -> None:
+        """End it from outside: a stop string was written."""
+        self.ending = ending
+
+
+@dataclass(eq=False)
+class _Reading:
+    """Rows whose prompts are being read."""
+
+    rows: list[Row]
+    decoder: Decoder
+    rest: list[int]
+    """What is left of the prompt behind the piece that the decoder reads next, where there is one row."""
+
+
+class Batch:
+    """Rows that are written together.
+
+    `capacity` bounds keys and values, in columns of one row (`bytes_per_column` each). `admit` is asked before a row is
+    let in and sees to its adapter; it says False where that has to wait.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        capacity: int,
+        *,
+        max_rows: int = 64,
+        chunk: int = 512,
+        admit: Callable[[Row], bool] = lambda row: True,
+    ) -> None:
+        self.base, self.capacity, self.chunk, self._admit = base, capacity, chunk, admit
+        self.max_rows = max_rows
+        self.waiting: deque[Row] = deque()
+        self.running: list[Row] = []
+        """Rows in the order of the decoder's batch; some may have ended."""
+        self._decoder: Decoder | None = None
+        self._reading: _Reading | None = None
+        self._waited = 0
+        base.model.eval()
+
+    def add(self, row: Row) -> None:
+        """Let a row wait for its turn. It must fit alone: see `fits`."""
+        self.waiting.append(row)
+
+    def fits(self, row: Row) -> bool:
+        """Whether a row can ever be let in."""
+        return _columns([row]) <= self.capacity
+
+    @property
+    def live(self) -> list[Row]:
+        """Rows that hold keys and values and go on."""
+        held = self.running + (self._reading.rows if self._reading else [])
+        return [row for row in held if row.ending is None and not row.cancelled]
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has anything to do."""
+        return bool(self.waiting or self._reading or self.live)
+
+    @property
+    def used(self) -> int:
+        """Columns of keys and values that are held, of `capacity`."""
+        return _columns(self.live)
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[Row, Token]]:
+        """Read one piece of waiting prompts and write one token of every running row; gives the tokens written.
+
+        A row that ends with its stop id gets that as its last token here, but not among its `ids`.
+        """
+        self.waiting = deque(row for row in self.waiting if not row.cancelled)
+        written = self._decode()
+        if self._reading is None:
+            self._begin()
+        if self._reading is not None:
+            written += self._read(self._reading)
+        self._sweep()
+        return written
+
+    def clear(self) -> list[Row]:
+        """Drop every row that holds keys and values, after a failed step; gives those that had not ended."""
+        rows = self.live
+        self.running, self._decoder, self._reading = [], None, None
+        return rows
+
+    def _begin(self) -> None:
+        """Choose the waiting rows whose prompts are read next, where it is time for that."""
+        if not self.waiting:
+            return
+        live = self.live
+        if live and len(self.waiting) * _SHARE < len(live) and self._waited < _PATIENCE:
+            self._waited += 1
+            return
+        self._waited = 0
+        rows: list[Row] = []
+        longest = 0
+        while self.waiting and len(live) + len(rows) < self.max_rows:
+            row = self.waiting[0]
+            longest = max(longest, len(row.prompt) + len(row.ids))
+            if rows and longest * (len(rows) + 1) > self.chunk:
+                break
+            if _columns([*live, *rows, row]) > self.capacity or not self._admit(row):
+                break
+            rows.append(self.waiting.popleft())
+        # `admit` may have failed the row, which then is cancelled.
+        rows = sorted((row for row in rows if not row.cancelled), key=_place)
+        if rows:
+            prompts = [[*row.prompt, *row.ids] for row in rows]
+            rest = prompts[0][self.chunk :] if len(rows) == 1 else []
+            route = Route.of([row.entry for row in rows], self.base.device)
+            first = [prompt[: self.chunk] for prompt in prompts] if len(rows) == 1 else prompts
+            self._reading = _Reading(rows, Decoder(self.base, first, route, True), rest)
+
+    def _read(self, reading: _Reading) -> list[tuple[Row, Token]]:
+        if all(row.cancelled for row in reading.rows):
+            self._reading = None
+            return []
+        with self.base.route(reading.decoder.route):
+            scores = reading.decoder.scores()
+        if reading.rest:
+            reading.decoder.feed(reading.rest[: self.chunk])
+            reading.rest = reading.rest[self.chunk :]
+            return []
+        self._reading = None
+        written = _choose(reading.rows, scores, reading.decoder)
+        self._join(reading)
+        return written
+
+    def _decode(self) -> list[tuple[Row, Token]]:
+        self._sweep()
+        if self._decoder is None:
+            return []
+        with self.base.route(self._decoder.route):
+            scores = self._decoder.scores()
+        return _choose(self.running, scores, self._decoder)
+
+    def _join(self, reading: _Reading) -> None:
+        """Put rows whose prompts are read beside the running ones, and drop those that have ended."""
+        together = self.running + reading.rows
+        places = [place for place, row in enumerate(together) if _goes(row)]
+        places.sort(key=lambda place: _place(together[place]))
+        if not places:
+            self.running, self._decoder = [], None
+            return
+        if self._decoder is None:
+            self._decoder = reading.decoder
+            self._decoder.arrange(places)
+        else:
+            self._decoder.arrange(places, reading.decoder)
+        self.running = [together[place] for place in places]
+
+    def _sweep(self) -> None:
+        """Let ended rows leave: at once the last, others when they are many or hold columns that nobody counts on."""
+        if self._decoder is None:
+            return
+        places = [place for place, row in enumerate(self.running) if _goes(row)]
+        if not places:
+            self.running, self._decoder = [], None
+            return
+        ended = len(self.running) - len(places)
+        beyond = self._decoder.mask.shape[1] + BLOCK > max(self.running[place].columns for place in places)
+        if ended and (ended * _SHARE >= len(self.running) or beyond):
+            self._decoder.arrange(places)
+            self.running = [self.running[place] for place in places]
+
+
+def _goes(row: Row) -> bool:
+    return row.ending is None and not row.cancelled
+
+
+def _place(row: Row) -> str:
+    """Rows of one adapter stand beside each other: routing then takes slices."""
+    return row.entry or ""
+
+
+def _columns(rows: Sequence[Row]) -> int:
+    """Columns of the block that holds these rows to their end: virtual tokens stand in front of the longest."""
+    widest = max((row.virtual for row in rows), default=0)
+    return len(rows) * (widest + max((row.columns for row in rows), default=0))
+
+
+def _choose(rows: Sequence[Row], scores: Tensor, decoder: Decoder) -> list[tuple[Row, Token]]:
+    """The next token of every row that goes on; all of them go into the decoder."""
+    tokens = choose_each(scores, [row.sampling for row in rows], [row.draws for row in rows])
+    going = [_goes(row) for row in rows]
+    told = _shares(rows, scores, tokens)
+    written = []
+    for place, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+        if going[place]:
+            row.take(token)
+            written.append((row, told.get(place, Token(token))))
+    decoder.add(tokens, torch.tensor([_goes(row) for row in rows], device=tokens.device))
+    return written
+
+
+def _shares(rows: Sequence[Row], scores: Tensor, tokens: Tensor) -> dict[int, Token]:
+    """Tokens with their shares, by place, of the rows that want them."""
+    wanted = [place for place, row in enumerate(rows) if row.top_logprobs is not None]
+    if not wanted:
+        return {}
+    shares = scores[wanted].float().log_softmax(dim=-1)
+    best, ids = shares.topk(max(1, *(rows[place].top_logprobs or 0 for place in wanted)))
+    found = {}
+    for index, place in enumerate(wanted):
+        count = rows[place].top_logprobs or 0
+        top = tuple(zip(ids[index, :count].tolist(), best[index, :count].tolist(), strict=True))
+        token = int(tokens[place])
+        found[place] = Token(token, float(shares[index, token]), top)
+    return found
+
+
+def bytes_per_column(base: Base) -> int:
+    """Bytes that the keys and values of one position take."""
+    size = base.model.dtype.itemsize
+    return sum(2 * site.kv_heads * site.head_dim * size for site in base.select("attention"))
