@@ -92,7 +92,7 @@ def load_served(run: str, model: str | None = None, watch: Callable[[str, float]
         raise UsageError(f"{run} is a classifier, which does not generate", "`graft eval` measures it")
     for parameter in base.model.parameters() if in_place else ():
         parameter.data = parameter.data.to(dtype)  # buffers, such as rotary frequencies, stay fp32
-    template = _template(folder)
+    template = template_of(folder)
     return _spoken(Served(base, _ADAPTER, Renderer(base.tokenizer, template), run), template)
 
 
@@ -112,7 +112,7 @@ def _parts_of(run: str, model: str | None) -> tuple[str, Path | None, bool, str 
     if (path / "adapter_config.json").is_file():
         if model is None:
             raise UsageError(f"{run} is an adapter folder, which has no base in it", "give its base with --model")
-        method = _about(path).get("method")
+        method = about_adapter(path).get("method")
         return model, path, method is not None and read_method(method, f"{path}/graft.json").in_place, None
     if (path / "trials").is_dir():
         trials = sorted(str(entry) for entry in (path / "trials").iterdir() if entry.is_dir())
@@ -133,10 +133,10 @@ def _parts_of(run: str, model: str | None) -> tuple[str, Path | None, bool, str 
     return run, None, False, None
 
 
-def _template(folder: Path) -> str | None:
+def template_of(folder: Path) -> str | None:
     """The chat template kept with an adapter. Raises `DamagedError` when it is not the one that was saved."""
     path = folder / "chat_template.jinja"
-    stated = (_about(folder).get("template") or {}).get("sha256")
+    stated = (about_adapter(folder).get("template") or {}).get("sha256")
     if not path.is_file():
         if stated:
             raise DamagedError(f"{path} is missing", "copy the folder again")
@@ -146,7 +146,7 @@ def _template(folder: Path) -> str | None:
     return str(path)
 
 
-def _about(folder: Path) -> dict[str, Any]:
+def about_adapter(folder: Path) -> dict[str, Any]:
     """graft.json of an adapter folder; empty in one that peft wrote."""
     path = folder / "graft.json"
     try:
@@ -159,8 +159,8 @@ def _about(folder: Path) -> dict[str, Any]:
 class Pieces:
     """Text from tokens as they come. No piece ends within a character of several tokens."""
 
-    def __init__(self, served: Served) -> None:
-        self._decode = served.text
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
         self.ids: list[int] = []
         """The tokens so far."""
         self._begin = 0  # some tokens before those not shown yet: a token's text depends on the one before it
@@ -225,7 +225,7 @@ class Chat:
         except Exception:
             self.history = before
             raise
-        said = [Pieces(self.served) for _ in range(1 + self.compare)]
+        said = [Pieces(self.served.text) for _ in range(1 + self.compare)]
         open_rows = set(range(len(said)))
         stop = self.served.renderer.stop_ids
         try:

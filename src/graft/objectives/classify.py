@@ -68,16 +68,9 @@ class Classify(Objective):
         """Rows as the base's tokenizer writes them, pairs with its separator, cut to `max_length`."""
         index = {label: position for position, label in enumerate(labels)}
         pairs = [row.text_pair for row in rows] if any(row.text_pair for row in rows) else None
-        encoded = tokenizer(
-            [row.text for row in rows],
-            pairs,
-            truncation=True,
-            max_length=max_length,
-            return_attention_mask=False,
-        )
-        types = encoded.get("token_type_ids", [None] * len(rows))
         examples = []
-        for row, ids, kinds in zip(rows, encoded["input_ids"], types, strict=True):
+        encoded = encode(tokenizer, [row.text for row in rows], pairs, max_length)
+        for row, (ids, kinds) in zip(rows, encoded, strict=True):
             if not ids:
                 raise DataError(f"{row.place}: the text has no tokens")
             if row.label not in index:
@@ -144,6 +137,16 @@ class Classify(Objective):
         done = None if report is None else partial(report, "evaluating")
         size = in_batches([len(example) for example in examples], batch_size, work, done)
         return Result(sum(correct) / len(correct), loss / len(correct), correct, batch_size=size)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int | None
+) -> list[tuple[list[int], list[int] | None]]:
+    """Ids and, where the tokenizer gives them, token types of texts or pairs, cut to `max_length` if there is one."""
+    cut = {"truncation": True, "max_length": max_length} if max_length is not None else {"truncation": False}
+    encoded = tokenizer(list(texts), pairs, return_attention_mask=False, verbose=False, **cut)
+    types = encoded.get("token_type_ids", [None] * len(texts))
+    return list(zip(encoded["input_ids"], types, strict=True))
 
 
 def _trainable(adapter: Adapter) -> bool:

@@ -92,6 +92,8 @@ class _Reading:
     decoder: Decoder
     rest: list[int]
     """What is left of the prompt behind the piece that the decoder reads next, where there is one row."""
+    done: bool = False
+    """Whether all is read, and the rows have their first token."""
 
 
 class Batch:
@@ -110,7 +112,7 @@ class Batch:
         chunk: int = 512,
         admit: Callable[[Row], bool] = lambda row: True,
     ) -> None:
-        self.base, self.capacity, self.chunk, self._admit = base, capacity, chunk, admit
+        self.base, self.capacity, self.chunk, self.admit = base, capacity, chunk, admit
         self.max_rows = max_rows
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
@@ -118,6 +120,7 @@ class Batch:
         self._decoder: Decoder | None = None
         self._reading: _Reading | None = None
         self._waited = 0
+        self._tight = False
         base.model.eval()
 
     def add(self, row: Row) -> None:
@@ -129,47 +132,80 @@ class Batch:
         return _columns([row]) <= self.capacity
 
     @property
+    def held(self) -> list[Row]:
+        """Rows that hold keys and values, ended ones that have not left yet among them."""
+        return self.running + (self._reading.rows if self._reading else [])
+
+    @property
     def live(self) -> list[Row]:
-        """Rows that hold keys and values and go on."""
-        held = self.running + (self._reading.rows if self._reading else [])
-        return [row for row in held if row.ending is None and not row.cancelled]
+        """Those that go on."""
+        return [row for row in self.held if _goes(row)]
 
     @property
     def busy(self) -> bool:
         """Whether a step has anything to do."""
-        return bool(self.waiting or self._reading or self.live)
+        return bool(self.waiting or self.held)
 
     @property
     def used(self) -> int:
-        """Columns of keys and values that are held, of `capacity`."""
+        """Columns of keys and values that are promised, of `capacity`."""
         return _columns(self.live)
 
-    @torch.no_grad()
     def step(self) -> list[tuple[Row, Token]]:
-        """Read one piece of waiting prompts and write one token of every running row; gives the tokens written.
+        """Write one token of every running row and read one piece of waiting prompts; gives the tokens written.
 
         A row that ends with its stop id gets that as its last token here, but not among its `ids`.
         """
-        self.waiting = deque(row for row in self.waiting if not row.cancelled)
-        written = self._decode()
-        if self._reading is None:
-            self._begin()
-        if self._reading is not None:
-            written += self._read(self._reading)
-        self._sweep()
-        return written
+        return self.write() + self.read()
 
-    def clear(self) -> list[Row]:
-        """Drop every row that holds keys and values, after a failed step; gives those that had not ended."""
-        rows = self.live
-        self.running, self._decoder, self._reading = [], None, None
+    @torch.no_grad()
+    def write(self) -> list[tuple[Row, Token]]:
+        """One token of every running row, those whose prompts have been read among them."""
+        if self._reading is not None and self._reading.done:
+            self._join(self._reading)
+        self._sweep()
+        if self._decoder is None:
+            return []
+        with self.base.route(self._decoder.route):
+            scores = self._decoder.scores()
+        return _choose(self.running, scores, self._decoder)
+
+    @torch.no_grad()
+    def read(self) -> list[tuple[Row, Token]]:
+        """One piece of the prompts of waiting rows, and their first token behind the last piece."""
+        if self._reading is None:
+            self.waiting = deque(row for row in self.waiting if _goes(row))
+            self._begin()
+        reading = self._reading
+        if reading is None or reading.done:
+            return []
+        if not any(_goes(row) for row in reading.rows):
+            self._reading = None
+            return []
+        with self.base.route(reading.decoder.route):
+            scores = reading.decoder.scores()
+        if reading.rest:
+            reading.decoder.feed(reading.rest[: self.chunk])
+            reading.rest = reading.rest[self.chunk :]
+            return []
+        reading.done = True
+        return _choose(reading.rows, scores, reading.decoder)
+
+    def abandon(self, reading: bool = False) -> list[Row]:
+        """Drop all rows that hold keys and values, or those whose prompts are read, after a step that failed; gives
+        the rows that had not ended. Added again, they go on where they were.
+        """
+        rows = [row for row in (self._reading.rows if reading and self._reading else self.live) if _goes(row)]
+        self._reading = None
+        if not reading:
+            self.running, self._decoder = [], None
         return rows
 
     def _begin(self) -> None:
         """Choose the waiting rows whose prompts are read next, where it is time for that."""
+        live = self.live
         if not self.waiting:
             return
-        live = self.live
         if live and len(self.waiting) * _SHARE < len(live) and self._waited < _PATIENCE:
             self._waited += 1
             return
@@ -181,40 +217,19 @@ class Batch:
             longest = max(longest, len(row.prompt) + len(row.ids))
             if rows and longest * (len(rows) + 1) > self.chunk:
                 break
-            if _columns([*live, *rows, row]) > self.capacity or not self._admit(row):
+            if _columns([*live, *rows, row]) > self.capacity:
+                break
+            if not self.admit(row):
+                self._tight = True
                 break
             rows.append(self.waiting.popleft())
-        # `admit` may have failed the row, which then is cancelled.
-        rows = sorted((row for row in rows if not row.cancelled), key=_place)
-        if rows:
-            prompts = [[*row.prompt, *row.ids] for row in rows]
-            rest = prompts[0][self.chunk :] if len(rows) == 1 else []
-            route = Route.of([row.entry for row in rows], self.base.device)
-            first = [prompt[: self.chunk] for prompt in prompts] if len(rows) == 1 else prompts
-            self._reading = _Reading(rows, Decoder(self.base, first, route, True), rest)
-
-    def _read(self, reading: _Reading) -> list[tuple[Row, Token]]:
-        if all(row.cancelled for row in reading.rows):
-            self._reading = None
-            return []
-        with self.base.route(reading.decoder.route):
-            scores = reading.decoder.scores()
-        if reading.rest:
-            reading.decoder.feed(reading.rest[: self.chunk])
-            reading.rest = reading.rest[self.chunk :]
-            return []
-        self._reading = None
-        written = _choose(reading.rows, scores, reading.decoder)
-        self._join(reading)
-        return written
-
-    def _decode(self) -> list[tuple[Row, Token]]:
-        self._sweep()
-        if self._decoder is None:
-            return []
-        with self.base.route(self._decoder.route):
-            scores = self._decoder.scores()
-        return _choose(self.running, scores, self._decoder)
+        rows = sorted((row for row in rows if _goes(row)), key=_place)  # `admit` may have ended one
+        if not rows:
+            return
+        prompts = [[*row.prompt, *row.ids] for row in rows]
+        first, rest = (prompts, []) if len(rows) > 1 else ([prompts[0][: self.chunk]], prompts[0][self.chunk :])
+        decoder = Decoder(self.base, first, Route.of([row.entry for row in rows], self.base.device), True)
+        self._reading = _Reading(rows, decoder, rest)
 
     def _join(self, reading: _Reading) -> None:
         """Put rows whose prompts are read beside the running ones, and drop those that have ended."""
@@ -223,16 +238,16 @@ class Batch:
         places.sort(key=lambda place: _place(together[place]))
         if not places:
             self.running, self._decoder = [], None
-            return
-        if self._decoder is None:
+        elif self._decoder is None:
             self._decoder = reading.decoder
             self._decoder.arrange(places)
         else:
             self._decoder.arrange(places, reading.decoder)
-        self.running = [together[place] for place in places]
+        self.running, self._reading = [together[place] for place in places], None
 
     def _sweep(self) -> None:
-        """Let ended rows leave: at once the last, others when they are many or hold columns that nobody counts on."""
+        """Let ended rows leave: when they are many, hold columns that nobody counts on, or an adapter in a full
+        memory."""
         if self._decoder is None:
             return
         places = [place for place, row in enumerate(self.running) if _goes(row)]
@@ -241,9 +256,10 @@ class Batch:
             return
         ended = len(self.running) - len(places)
         beyond = self._decoder.mask.shape[1] + BLOCK > max(self.running[place].columns for place in places)
-        if ended and (ended * _SHARE >= len(self.running) or beyond):
+        if ended and (ended * _SHARE >= len(self.running) or beyond or self._tight):
             self._decoder.arrange(places)
             self.running = [self.running[place] for place in places]
+        self._tight = False
 
 
 def _goes(row: Row) -> bool:
