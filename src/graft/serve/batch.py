@@ -195,7 +195,8 @@ class Batch:
         """Drop all rows that hold keys and values, or those whose prompts are read, after a step that failed; gives
         the rows that had not ended. Added again, they go on where they were.
         """
-        rows = [row for row in (self._reading.rows if reading and self._reading else self.live) if _goes(row)]
+        held = self._reading.rows if self._reading else []
+        rows = [row for row in held if _goes(row)] if reading else self.live
         self._reading = None
         if not reading:
             self.running, self._decoder = [], None
