@@ -15,6 +15,7 @@ from graft.generate import Answer, answer_all
 from graft.reading.faults import BadRow
 from graft.reading.files import Record, read_records
 from graft.reading.lines import check_file, lines_of, suffix_of, text_of
+from graft.rendering.render import Renderer
 from graft.sampling import GREEDY, Sampling
 
 _STAND_IN = "-"
@@ -77,14 +78,19 @@ def _ended(record: Record) -> tuple[Record, bool]:
     return record, False
 
 
+def plain_ids(renderer: Renderer, text: str) -> list[int]:
+    """The ids that an answer to `text` as it is follows. Raises `DataError`."""
+    whole = renderer.pair(text, _STAND_IN)
+    return whole.ids[: whole.starts[0]]
+
+
 def prompt_ids(served: Served, asked: Asked, plain: bool = False, system: str = "") -> list[int]:
     """The ids that a row's answer follows: through the chat template, or with `plain`, and for a single question to a
     base that has no template, as they are. Raises `DataError` naming a row that exceeds the positions.
     """
     turns = asked.dialogue.prompt
     if plain or (not served.renderer.template and len(turns) == 1):
-        whole = served.renderer.pair("\n".join(turn.content for turn in turns), _STAND_IN)
-        ids = whole.ids[: whole.starts[0]]
+        ids = plain_ids(served.renderer, "\n".join(turn.content for turn in turns))
     else:
         if system and turns[0].role != "system":
             turns = (Message("system", system), *turns)

@@ -168,8 +168,13 @@ class Adapters:
 
     @contextmanager
     def loading(self, name: str) -> Iterator[None]:
-        """Requests for `name` are told to come again while the block runs, unless an older version answers them."""
+        """Requests for `name` are told to come again while the block runs, unless an older version answers them.
+
+        Raises `Loading` where another block runs for it.
+        """
         with self._lock:
+            if name in self._loading:
+                raise Loading(f"{name!r} is being loaded", "ask again in a moment")
             self._loading.add(name)
         try:
             yield

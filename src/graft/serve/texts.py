@@ -28,7 +28,9 @@ class Texts:
     found: dict[int, list[float]] = field(default_factory=dict)
 
 
-def read_texts(base: Base, version: Version, texts: Sequence[str], pairs: Sequence[str] | None) -> list[LabelledExample]:
+def read_texts(
+    base: Base, version: Version, texts: Sequence[str], pairs: Sequence[str] | None
+) -> list[LabelledExample]:
     """Texts as training reads them. Raises `DataError` for one without tokens, or with more than the base reads:
     nothing is cut off.
     """
