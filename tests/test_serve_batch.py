@@ -91,7 +91,7 @@ def test_every_method_joins_a_batch(method):
     base = adapted("llama", ("lora", "prompt"))
     if method not in base.adapters:
         put(base, method, shake=0.3)
-    rows = [row for row in rows_for(base, 18, seed=5, most=8)]
+    rows = rows_for(base, 18, seed=5, most=8)
     for row in rows[::2]:
         row.entry, row.virtual = method, virtual(base, method)
     run(Batch(base, 5000, max_rows=6), rows, lambda step: 2 if step % 2 else 0)

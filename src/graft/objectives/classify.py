@@ -140,7 +140,10 @@ class Classify(Objective):
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    pairs: Sequence[str | None] | None,
+    max_length: int | None,
 ) -> list[tuple[list[int], list[int] | None]]:
     """Ids and, where the tokenizer gives them, token types of texts or pairs, cut to `max_length` if there is one."""
     cut = {"truncation": True, "max_length": max_length} if max_length is not None else {"truncation": False}

@@ -60,7 +60,8 @@ class Service:
         """Paths that no answer tells, and what it tells in their place."""
         folders = [version.folder for version in self.adapters.versions() if version.folder is not None]
         found = [(str(folder), folder.name) for folder in folders]
-        return (*found, *((f"{self.root}{end}", "") for end in (os.sep, "")) if self.root else found)
+        roots = [] if self.root is None else [(f"{self.root}{os.sep}", ""), (str(self.root), "the adapter root")]
+        return (*found, *roots)
 
 
 def make_app(service: Service) -> FastAPI:

@@ -127,7 +127,7 @@ async def _serve(
         ready()
     first = asyncio.create_task(asked.get())
     await asyncio.wait({first, serving}, return_when=asyncio.FIRST_COMPLETED)
-    number = first.result() if first.done() else 0
+    came = first.result() if first.done() else 0
     log_line("stopping", waiting=service.engine.open)
     stopping = asyncio.create_task(asyncio.to_thread(service.engine.stop, grace))
     again = asyncio.create_task(asked.get())
@@ -140,4 +140,4 @@ async def _serve(
     server.should_exit = True
     await serving
     log_line("stopped", whole=whole)
-    return 130 if number == signal.SIGINT else 0
+    return 130 if came == signal.SIGINT else 0

@@ -47,8 +47,8 @@ async def _watch(request: Request, answer: Answering) -> None:
 
 
 def streamed(answer: Answering, include_usage: bool, done: Callable[[], None]) -> Response:
-    """Server-sent events: the role, pieces, what ended each answer, the usage if asked for, and [DONE]. `done` is called
-    behind the last, or when the client went away.
+    """Server-sent events: the role, pieces, what ended each answer, the usage if asked for, and [DONE]. `done` is
+    called behind the last, or when the client went away.
     """
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(_events(answer, include_usage, done), media_type="text/event-stream", headers=headers)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -39,7 +40,7 @@ def start_vllm(
         raise UsageError("vLLM can serve none of these adapters", "leave --engine out, or `graft merge` one first")
     command = vllm_command(base, kept, name, access, port)
     if dry_run:
-        print(" ".join(_quoted(word) for word in command))
+        print(shlex.join(command))
         return
     program = shutil.which(command[0])
     if program is None:
@@ -90,9 +91,3 @@ def _config(folder: Path) -> dict[str, object]:
 def _rank(folder: Path) -> int:
     rank = _config(folder).get("r", 0)
     return rank if isinstance(rank, int) else 0
-
-
-def _quoted(word: str) -> str:
-    return (
-        word if word and all(c.isalnum() or c in "-_=./:,@+" for c in word) else "'" + word.replace("'", "'\\''") + "'"
-    )
