@@ -89,6 +89,7 @@ class Adapters:
         self._running: Counter[Version] = Counter()
         self._loading: set[str] = set()
         self._attached: list[Version] = []
+        self._giving: Version | None = None
         self._number = 0
         self.plain = Version(name, None, Renderer(base.tokenizer) if writes else None, attached=True)
         self._named: dict[str, Version] = {}
@@ -182,13 +183,18 @@ class Adapters:
             with self._lock:
                 self._loading.discard(name)
 
-    def install(self, version: Version) -> None:
+    def install(self, version: Version) -> bool:
         """Attach a prepared version and let its name mean it. What the name meant before is as it was on an error.
 
-        Raises what `store.load` raises, and `ResourceError` when every place in memory is in use.
+        False where rows run through all adapters in memory: no more are then let into one of them, and a later call
+        will find it idle. Raises what `store.load` raises.
         """
         if not self.bring(version):
-            raise ResourceError(f"all {self.limit} places for adapters are in use", "try again in a moment")
+            self._giving = self._giving or min(
+                (held for held in self._attached if not held.in_place), key=lambda held: self._running[held]
+            )
+            return False
+        self._giving = None
         if version.task == "none":
             self._take_out(version)
             raise UsageError(f"{version.name!r} has no task head, and {self.plain.name!r} does not write answers")
@@ -198,6 +204,7 @@ class Adapters:
             if before is not None:
                 before.current = False
         self.sweep()
+        return True
 
     def remove(self, name: str) -> None:
         """Let a name mean nothing any more. Raises `UnknownModel`."""
@@ -208,13 +215,13 @@ class Adapters:
         self.sweep()
 
     def bring(self, version: Version) -> bool:
-        """See to it that a version is attached; False where all places are taken by versions that rows run through.
+        """See to it that a version is attached; False where it has to wait for a place that rows run through.
 
         Raises what `store.load` raises, and `ResourceError` where its folder has changed.
         """
         version.used = time.monotonic()
         if version.attached:
-            return True
+            return version is not self._giving
         assert version.folder is not None
         if len(self._attached) >= self.limit:
             idle = [held for held in self._attached if not self._running[held] and not held.in_place]
@@ -265,6 +272,8 @@ class Adapters:
         assert version.key is not None
         detach(self.base, version.key)
         self._attached.remove(version)
+        if version is self._giving:
+            self._giving = None
         version.attached, version.key = False, None
 
 

@@ -176,7 +176,7 @@ def _models(app: FastAPI, service: Service) -> None:
         folder = inside(service.root, body.lora_path)
         with adapters.loading(body.lora_name):
             version = adapters.prepare(body.lora_name, folder, body.load_inplace)
-            await asyncio.wrap_future(engine.call(lambda: adapters.install(version)))
+            await asyncio.wrap_future(engine.install(version))
         if service.state is not None:
             service.state.add(version.name, str(folder.relative_to(service.root)))
         log_line("loaded", model=version.name, method=version.method, note=version.note)

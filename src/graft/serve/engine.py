@@ -102,6 +102,7 @@ class Engine:
         self._open = 0
         self._jobs: dict[Row, tuple[Job, int]] = {}
         self._inside: dict[Row, Version] = {}
+        self._installs: list[tuple[Version, Future[None]]] = []
         self._calm = 0
         self._ending = False
         self.draining = False
@@ -150,6 +151,12 @@ class Engine:
         self._inbox.put(run)
         return future
 
+    def install(self, version: Version) -> "Future[None]":
+        """Let a prepared version be what its name means, as soon as there is a place for it."""
+        future: Future[None] = Future()
+        self._inbox.put(lambda: self._installs.append((version, future)))
+        return future
+
     def stop(self, grace: float = 0.0) -> bool:
         """End: refuse requests, let those in flight go on for `grace` seconds, fail the rest. Gives whether all had
         ended by themselves.
@@ -188,7 +195,7 @@ class Engine:
 
     def _receive(self) -> None:
         """Do what was asked for; wait for something where there is nothing else to do."""
-        wait = not self.batch.busy and not self._texts.waiting and not self._jobs
+        wait = not (self.batch.busy or self._texts.waiting or self._jobs or self._installs)
         while True:
             try:
                 self._inbox.get(block=wait and not self._ending)()
@@ -221,7 +228,21 @@ class Engine:
         self.adapters.enter(job.version)
         return True
 
+    def _install(self) -> None:
+        """Try the first of the versions that are to be installed."""
+        version, future = self._installs[0]
+        try:
+            if not self.adapters.install(version):
+                return
+        except Exception as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+        del self._installs[0]
+
     def _turn(self) -> None:
+        if self._installs:
+            self._install()
         if self._texts.waiting:
             self._texts.step()
         for work, reading in ((self.batch.write, False), (self.batch.read, True)):
@@ -311,4 +332,7 @@ class Engine:
         for job in {id(job): job for job, _ in self._jobs.values()}.values():
             self._fail(job, error)
         self._texts.fail(error)
+        for _, future in self._installs:
+            future.set_exception(error)
+        self._installs.clear()
         self._settle()
