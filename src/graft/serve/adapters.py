@@ -189,12 +189,14 @@ class Adapters:
         False where rows run through all adapters in memory: no more are then let into one of them, and a later call
         will find it idle. Raises what `store.load` raises.
         """
+        giving, self._giving = self._giving, None  # an error leaves nobody barred
         if not self.bring(version):
-            self._giving = self._giving or min(
-                (held for held in self._attached if not held.in_place), key=lambda held: self._running[held]
+            self._giving = (
+                giving
+                if giving in self._attached
+                else min((held for held in self._attached if not held.in_place), key=lambda held: self._running[held])
             )
             return False
-        self._giving = None
         if version.task == "none":
             self._take_out(version)
             raise UsageError(f"{version.name!r} has no task head, and {self.plain.name!r} does not write answers")
@@ -223,6 +225,8 @@ class Adapters:
         if version.attached:
             return version is not self._giving
         assert version.folder is not None
+        if version.in_place and self.base.adapters:
+            raise UsageError(f"{version.name!r} changed the base's own weights, so it is served alone")
         if len(self._attached) >= self.limit:
             idle = [held for held in self._attached if not self._running[held] and not held.in_place]
             if not idle:

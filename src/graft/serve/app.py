@@ -231,6 +231,7 @@ def _watching(app: FastAPI, service: Service) -> None:
 
 
 def _errors(app: FastAPI, service: Service) -> None:
+    @app.exception_handler(Exception)
     @app.exception_handler(GraftError)
     @app.exception_handler(Refusal)
     async def refused(request: Request, error: Exception) -> Response:

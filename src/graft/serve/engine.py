@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from graft.errors import GraftError, ResourceError
+from graft.errors import GraftError, ResourceError, UsageError
 from graft.limits import is_memory
 from graft.serve.adapters import Adapters, Version
 from graft.serve.batch import Batch, Ending, Row, Token
@@ -152,8 +152,14 @@ class Engine:
         return future
 
     def install(self, version: Version) -> "Future[None]":
-        """Let a prepared version be what its name means, as soon as there is a place for it."""
+        """Let a prepared version be what its name means, as soon as there is a place for it.
+
+        The future raises what `Adapters.install` raises, and `UsageError` for one that would change the base.
+        """
         future: Future[None] = Future()
+        if version.in_place:
+            future.set_exception(UsageError(f"{version.name!r} changed its base's weights", "start a server for it"))
+            return future
         self._inbox.put(lambda: self._installs.append((version, future)))
         return future
 
