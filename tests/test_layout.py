@@ -32,6 +32,12 @@ ORDER_WITHIN = {
         *("origin", "probes", "layouts", "vocabulary", "gguffile", "gotemplate", "modelfile", "llamacpp", "folders"),
         "export",
     ],
+    "serve": [
+        *("batch", "speech", "adapters", "metrics", "texts", "engine", "schemas", "replies", "security", "state"),
+        *("answers", "streams", "app", "server", "start", "vllm"),
+    ],
+    "cli": ["shared", "runs", "look", "hardware", "plan", "recommend", "data", "chat", "serve", "commands"],
+    "train": ["precision", "optim", "guards", "checkpoint", "loop"],
 }
 """Reading order inside the folders; * stands for the methods and objectives, which know nothing of each other."""
 

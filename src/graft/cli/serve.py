@@ -74,14 +74,15 @@ def serve(
     if dry_run:
         raise UsageError("--dry-run prints the command of another engine", "give --engine vllm with it")
     check_base(base, bool(adapters) or adapter_root is not None)
-    listening = bind(host, port)
-    settings = Settings(precision, max_loaded, max_rows, queue, _memory(kv_memory), root=adapter_root, state=state)
-    with run_bar(False) as bar:
-        service = load_service(base, adapters, settings, name, bar)
-    address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-    code = run(
-        service, listening, access, Limits(), grace=grace, ready=lambda: _tell(service, address, bool(access.key))
-    )
+    memory = _memory(kv_memory)
+    settings = Settings(precision, max_loaded, max_rows, queue, memory, root=adapter_root, state=state)
+    with bind(host, port) as listening:
+        with run_bar(False) as bar:
+            service = load_service(base, adapters, settings, name, bar)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+        code = run(
+            service, listening, access, Limits(), grace=grace, ready=lambda: _tell(service, address, bool(access.key))
+        )
     if code == 130:
         raise KeyboardInterrupt
     raise typer.Exit(code)
