@@ -36,31 +36,22 @@ ADAPTERS = {
     "prompt": {"name": "prompt", "num_virtual_tokens": 10},
 }  # fmt: skip
 WORDS = (
-    "tell me about the sea and why rivers end there or name three towns that lie beside a lake in the north"
-).split()  # noqa: SIM905
     "tell",
     "me",
     "about",
     "the",
     "sea",
-    "and",
     "why",
     "rivers",
     "end",
-    "there",
     "or",
     "name",
     "three",
     "towns",
-    "that",
-    "lie",
     "beside",
     "a",
     "lake",
-    "in",
-    "the",
-    "north",
-]
+)
 
 
 def make_adapters(model: str, folder: Path) -> list[str]:
