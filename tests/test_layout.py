@@ -26,7 +26,7 @@ ORDER_WITHIN = {
     "methods": ["folder", "base", "linears", "lowrank", "mixture", "attended", "virtual", "*", "store", "table"],
     "objectives": ["base", "causal", "*"],
     "planning": ["fake", "live", "step", "catalogue", "machine", "simulate", "smaller", "plan", "preflight"],
-    "cli": ["shared", "runs", "export", "look", "hardware", "plan", "recommend", "data", "chat", "commands"],
+    "cli": ["shared", "runs", "export", "look", "hardware", "plan", "recommend", "data", "chat", "serve", "commands"],
     "train": ["precision", "optim", "guards", "checkpoint", "resume", "loop"],
     "export": [
         *("origin", "probes", "layouts", "vocabulary", "gguffile", "gotemplate", "modelfile", "llamacpp", "folders"),
@@ -36,8 +36,6 @@ ORDER_WITHIN = {
         *("batch", "speech", "adapters", "metrics", "texts", "engine", "schemas", "replies", "security", "state"),
         *("answers", "streams", "app", "server", "start", "vllm"),
     ],
-    "cli": ["shared", "runs", "look", "hardware", "plan", "recommend", "data", "chat", "serve", "commands"],
-    "train": ["precision", "optim", "guards", "checkpoint", "loop"],
 }
 """Reading order inside the folders; * stands for the methods and objectives, which know nothing of each other."""
 
