@@ -92,11 +92,10 @@ def _as_learned(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     learned = {"".join(pair) for pair in described["model"]["merges"]}
     merges = generate_merges(vocab, {piece: -index for piece, index in vocab.items() if piece in learned})
     described["model"]["merges"] = merges
-    made = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(described)), clean_up_tokenization_spaces=False,
         **tokenizer.special_tokens_map,
     )  # fmt: skip
-    return made
 
 
 def write_model(folder: Path, name: str, template: str | None = "chatml", **more: Any) -> Path:
