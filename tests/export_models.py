@@ -116,14 +116,16 @@ def write_model(folder: Path, name: str, template: str | None = "chatml", **more
     return folder
 
 
-def write_adapter(model: Path, folder: Path, method: str = "lora", template: str | None = None, **more: Any) -> Path:
+def write_adapter(
+    model: Path, folder: Path, method: str = "lora", template: str | None = None, shake: float = 0.05, **more: Any
+) -> Path:
     """An adapter for a model of `write_model`, every tensor moved, as saved."""
     base = load_base(str(model))
     adapter = read_method({"name": method} | dict(methods()[method].small) | more).build(base, method)
     attach(base, adapter)
     with torch.no_grad():
         for _, tensor in adapter.trainable():
-            tensor.add_(torch.randn_like(tensor) * 0.05)
+            tensor.add_(torch.randn_like(tensor) * shake)
     adapter.eval()
     text = find_template(template, base.tokenizer)[1] if template else None
     store.save(adapter, base, folder, template=text)

@@ -253,9 +253,11 @@ def test_the_starter_model_beside_its_own_file(smollm, tmp_path):
 
 @pytest.mark.slow
 def test_the_starter_model_merged_and_exported(smollm, tmp_path):
-    adapter = write_adapter(Path(smollm), tmp_path / "a", r=8, target_modules=["all-linear"])
+    adapter = write_adapter(Path(smollm), tmp_path / "a", r=8, target_modules=["all-linear"], shake=0.005)
     made = export_run(str(adapter), "ollama", tmp_path / "out", model=smollm)
     agreed, far = made["checks"]["merged_and_attached"], made["checks"]["file_and_model"]
     assert agreed["top1"] >= 0.999
-    assert far["largest"] <= 1e-2
+    assert far["top1"] >= 0.99
+    assert far["largest"] <= 2e-3 * far["scale"]  # 0.035 where scores reach 40
+    assert far["kl"] < 1e-4
     assert made["checks"]["template_same_ids"] == made["checks"]["template_dialogues"]

@@ -34,7 +34,7 @@ LARGEST = {"f32": 1e-4, "f16": 1e-2}
 """Largest difference of any score between the file, read back, and the model, relative to the largest score (at least
 1)."""
 
-DIVERGENCE = {"bf16": 0.01, "q8_0": 0.01, "q5_1": 0.1, "q5_0": 0.1, "q4_1": 0.3, "q4_0": 0.3}
+DIVERGENCE = {"bf16": 0.01, "q8_0": 0.01, "q5_1": 0.2, "q5_0": 0.2, "q4_1": 0.3, "q4_0": 0.3}
 """Largest mean divergence, in nats, of the file's distributions of the next token from the model's."""
 
 assert {*LARGEST, *DIVERGENCE} == {*QUANTS}
