@@ -251,6 +251,16 @@ def test_settings_that_a_file_cannot_state(place, tmp_path, monkeypatch, name, m
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
 
 
+def test_contradictory_configurations(place, tmp_path, graft: Command):
+    for number, (more, what) in enumerate(
+        [({"num_attention_heads": 3}, "cannot be read"), ({"vocab_size": -5}, "vocab_size is -5")]
+    ):
+        shutil.copytree(model(place), tmp_path / str(number))
+        change_config(tmp_path / str(number), **more)
+        result = graft("export", tmp_path / str(number), "--to", "gguf", "-o", tmp_path / "out")
+        assert (result.code, what in result.err, "Traceback" in result.err) == (2, True, False)
+
+
 def test_other_architectures_and_tokenizers(place, tmp_path, monkeypatch):
     import tiny
 

@@ -513,7 +513,7 @@ def test_the_command(case, tmp_path, graft: Command):
     assert fourth.startswith("its head for Graft: load_adapter(load_base(")
     result = graft("merge", case[0], "-o", tmp_path / "n", "--model", case[1], "--dtype", "bf16", "--json")
     assert (result.code, result.err) == (0, "")
-    assert json.loads(result.out) | {"largest_difference": 0, "bytes": 0} == {
+    assert json.loads(result.out) | {"largest_difference": 0, "bytes": 0, "difference_from_trained": 0} == {
         "folder": str(tmp_path / "n"),
         "method": "lora",
         "rank": None,
@@ -526,6 +526,10 @@ def test_the_command(case, tmp_path, graft: Command):
         "head": str(tmp_path / "n" / "head"),
         "pooling": "pooler",
         "labels": list(LABELS),
+        "compared": "scores",
+        "difference_from_trained": 0,
+        "same_best": 1.0,
+        "positions": len(merging.SENTENCES),
     }
 
 

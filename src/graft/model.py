@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -301,11 +302,17 @@ def _read_config(name: str, source: str) -> Any:
     return config
 
 
+_LOADING = (
+    OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError, StrictDataclassError,
+)  # fmt: skip
+"""What transformers raises; the last one where settings of a configuration contradict each other."""
+
+
 def _attempt(name: str, source: str, what: str, call: Callable[[], Any]) -> Any:
     """`call()`, with what transformers raises in the user's words."""
     try:
         return call()
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+    except _LOADING as error:
         raise _load_error(name, source, what, error) from error
     except Exception as error:  # safetensors' own error type is not importable by name in every version
         if "safetensor" not in type(error).__name__.lower():

@@ -59,6 +59,8 @@ def layout_of(config: Any) -> Layout:
     layout = LAYOUTS.get(config.model_type)
     if layout is None:
         raise UsageError(f"{config.model_type} models are not written as GGUF; known: {', '.join(LAYOUTS)}", _INSTEAD)
+    if config.vocab_size < 1:
+        raise UsageError(f"vocab_size is {config.vocab_size}", "correct config.json, or fetch the model again")
     reason = _unstated(config, layout)
     if reason is not None:
         raise UsageError(f"a GGUF file of architecture {layout.arch!r} cannot state {reason}", _INSTEAD)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,11 +109,16 @@ def about(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def entry(told: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """An object of graft.json; empty where there is none."""
+    value = told.get(key)
+    return value if isinstance(value, dict) else {}
+
+
 def template_of(folder: Path) -> str | None:
     """The chat template kept with an adapter. Raises `DamagedError` when it is not the one that was saved."""
     path = folder / TEMPLATE
-    stated = about(folder).get("template")
-    wanted = stated.get("sha256") if isinstance(stated, dict) else None
+    wanted = entry(about(folder), "template").get("sha256")
     if not path.is_file():
         if wanted:
             raise DamagedError(f"{path} is missing", "copy the folder again")
