@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,16 +170,17 @@ def _models(app: FastAPI, service: Service) -> None:
     @app.post("/v1/load_lora_adapter", response_model=ModelCard, responses=_documented(*_BODY, 404))
     async def load(body: LoadRequest, request: Request) -> Response:
         """Serve an adapter of any method from a folder inside the adapter root."""
-        if service.root is None:
+        root = service.root
+        if root is None:
             raise Refusal(403, "adapters are not loaded by request: start the server with --adapter-root")
         if engine.draining:
             raise Stopping("the server is stopping", "ask again when it is back")
-        folder = inside(service.root, body.lora_path)
+        folder = inside(root, body.lora_path)
         with adapters.loading(body.lora_name):
             version = adapters.prepare(body.lora_name, folder, body.load_inplace)
             await asyncio.wrap_future(engine.install(version))
         if service.state is not None:
-            service.state.add(version.name, str(folder.relative_to(service.root)))
+            _noted(lambda state: state.add(version.name, str(folder.relative_to(root))), service.state)
         log_line("loaded", model=version.name, method=version.method, note=version.note)
         notes_of(request.scope)["model"] = version.name
         return json_reply(card(version))
@@ -193,10 +195,19 @@ def _models(app: FastAPI, service: Service) -> None:
             raise UsageError(f"{version.name!r} is the base, which stays")
         await asyncio.wrap_future(engine.call(lambda: adapters.remove(body.lora_name)))
         if service.state is not None:
-            service.state.drop(version.name)
+            _noted(lambda state: state.drop(version.name), service.state)
         log_line("unloaded", model=version.name)
         notes_of(request.scope)["model"] = version.name
         return json_reply(card(version))
+
+
+def _noted(write: Callable[[State], None], state: State) -> None:
+    """Write the state file. Raises `Refusal` where that fails, without the file's path."""
+    try:
+        write(state)
+    except GraftError as error:
+        log_line("state", why=type(error).__name__)
+        raise Refusal(503, "it is done, but could not be noted for the server's next start") from None
 
 
 def inside(root: Path, given: str) -> Path:

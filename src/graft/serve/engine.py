@@ -73,6 +73,8 @@ class Job:
     started: float = field(default_factory=time.monotonic)
     first: float | None = None
     """When its first token was written."""
+    failed: bool = False
+    """Whether it was told that it cannot be answered."""
 
     def __post_init__(self) -> None:
         self.speech = [Speech(self.decode, self.stops) for _ in self.rows]
@@ -303,7 +305,8 @@ class Engine:
                 self._open -= 1
             if not any(other in self._jobs for other in job.rows):
                 self.adapters.release(job.version)
-                ending = "cancelled" if any(one.ending is None for one in job.rows) else "done"
+                early = any(one.ending is None for one in job.rows)
+                ending = "failed" if job.failed else "cancelled" if early else "done"
                 self.meter.ended(job.version.name, ending)
         held = set(self.batch.held)
         for row in [row for row in self._inside if row not in held]:
@@ -329,6 +332,7 @@ class Engine:
             self._fail(job, error)
 
     def _fail(self, job: Job, error: Exception) -> None:
+        job.failed = True
         job.cancel()
         self._tell(job, Failed(error))
 

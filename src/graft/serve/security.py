@@ -116,8 +116,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
-        if scope["type"] != "http":
-            await self.inner(scope, receive, send)
+        if scope["type"] != "http":  # there is nothing to do at the start, and sockets are not offered
             return
         started = time.monotonic()
         status = 0
