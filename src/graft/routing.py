@@ -19,6 +19,9 @@ Entry = str | tuple[str, ...] | None
 
 P = TypeVar("P")
 
+Rows = slice | Tensor | None
+"""Rows of a batch: neighbours as a slice, others as an index tensor, all as None."""
+
 
 class Named(Protocol):
     """A place with a name. Its name is read only for an error: compiled code would make a graph for each name."""
@@ -148,26 +151,77 @@ class Router:
         return torch.tensor(rows, dtype=torch.bool, device=route.inverse.device).view(-1, len(route.entries))
 
 
-def take(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    """The rows of a tensor [B, …]; a tensor [1, …] that stands for all rows is returned as it is."""
+class Tenants(dict[str, P]):
+    """The parts at one place, by adapter, and how the rows of the route that was last here are divided among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.route: Route | None = None
+        self.shares: tuple[tuple[list[P], Rows], ...] = ()
+        self.inverse: Tensor | None = None
+        """What puts the rows of all shares, one after another, into the order of the batch; None: they are in it."""
+
+    def __setitem__(self, name: str, part: P) -> None:
+        self.route = None
+        super().__setitem__(name, part)
+
+    def leave(self, name: str) -> None:
+        """Take the part of adapter `name` away, if it has one here."""
+        self.route = None
+        self.pop(name, None)
+
+    def divide(self, route: Route) -> tuple[tuple[list[P], Rows], ...]:
+        """The parts of each row of a route by rows, and the rows that have the same ones: those of adapters that have
+        no part here are one share."""
+        if self.route is route:
+            return self.shares
+        rows: dict[tuple[str, ...], list[int]] = {}
+        for index, names in enumerate(route.entries):
+            rows.setdefault(tuple(name for name in names if name in self), []).append(index)
+        self.shares = tuple(
+            ([self[name] for name in names], _index(found, route)) for names, found in rows.items()
+        )
+        order = [index for found in rows.values() for index in found]
+        sorted_already = order == list(range(len(order)))
+        device = route.inverse.device
+        self.inverse = None if sorted_already else torch.tensor(order, device=device).argsort()
+        self.route = route
+        return self.shares
+
+
+def _index(rows: list[int], route: Route) -> Rows:
+    if len(rows) == len(route.entries):
+        return None
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows, device=route.inverse.device)
+
+
+def take(tensor: Tensor, rows: Rows) -> Tensor:
+    """The rows of a tensor [B, …]; a tensor [1, …] that stands for all rows is returned as it is. Neighbours are a
+    view, which costs nothing."""
     if rows is None or tensor.shape[0] == 1:
         return tensor
-    return tensor.index_select(0, rows)
+    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+
+
+def _count(rows: slice | Tensor) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else int(rows.shape[0])
 
 
 def by_rows(
     router: Router,
-    parts: Mapping[str, P],
-    plain: Callable[[Tensor | None], Tensor],
-    adapted: Callable[[list[P], Tensor | None], Tensor],
+    parts: Tenants[P],
+    plain: Callable[[Rows], Tensor],
+    adapted: Callable[[list[P], Rows], Tensor],
     size: int,
     where: Named,
 ) -> Tensor:
     """Run each group of rows through its own parts and put the rows back in order.
 
     `plain(rows)` gives the result [len(rows), …] of rows without parts here, `adapted(chain, rows)` of
-    rows with the parts `chain`; `rows` is an index tensor, or None for all. `size` is the batch size
-    seen at the site `where`.
+    rows with the parts `chain`. `size` is the batch size seen at the site `where`. Rows of one adapter that are
+    neighbours are cheapest: they are neither gathered nor put back.
     """
     route = router.require()
     if route.uniform is not None:
@@ -176,24 +230,23 @@ def by_rows(
     if torch.compiler.is_compiling():
         return _by_mask(router, route, parts, plain, adapted, size)
     route.check(size, where)
-    chains = [[parts[name] for name in names if name in parts] for names, _ in route.groups]
-    if not any(chains):
-        return plain(None)
-    if len(chains) == 1:
-        return adapted(chains[0], None)
     pieces = []
-    for chain, (_, rows) in zip(chains, route.groups, strict=True):
+    for chain, rows in parts.divide(route):
         piece = adapted(chain, rows) if chain else plain(rows)
-        pieces.append(piece if piece.shape[0] == rows.shape[0] else piece.expand(rows.shape[0], *piece.shape[1:]))
-    return torch.cat(pieces).index_select(0, route.inverse)
+        if rows is None:
+            return piece
+        count = _count(rows)
+        pieces.append(piece if piece.shape[0] == count else piece.expand(count, *piece.shape[1:]))
+    whole = torch.cat(pieces)
+    return whole if parts.inverse is None else whole.index_select(0, parts.inverse)
 
 
 def _by_mask(
     router: Router,
     route: Route,
     parts: Mapping[str, P],
-    plain: Callable[[Tensor | None], Tensor],
-    adapted: Callable[[list[P], Tensor | None], Tensor],
+    plain: Callable[[Rows], Tensor],
+    adapted: Callable[[list[P], Rows], Tensor],
     size: int,
 ) -> Tensor:
     """The same in a form whose graph does not depend on which row goes where.

@@ -20,7 +20,7 @@ from graft.methods.folder import (
 )
 from graft.methods.linears import AtLinears
 from graft.model import Base
-from graft.parts.base import Adapter, Part, at_dtype_of
+from graft.parts.base import Adapter, Form, Part, at_dtype_of
 from graft.sites import Site
 
 
@@ -41,6 +41,10 @@ class AdaloraPart(Part):
         """x [B, S, d_in], y [B, S, d_out] -> [B, S, d_out]."""
         low = F.linear(self.dropout(at_dtype_of(x, self.lora_A)), self.lora_A * self.lora_E)
         return y + (F.linear(low, self.lora_B) * self.scale).to(y.dtype)
+
+    def form(self) -> Form | None:
+        """A ∘ E, and s·B."""
+        return Form(down=self.lora_A * self.lora_E, up=self.lora_B * self.scale)
 
     def merge(self, site: Site) -> dict[str, Tensor]:
         """W + s·B (A ∘ E), added in fp32."""

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from graft.methods.base import Bypass
 from graft.methods.lowrank import LowRank
-from graft.parts.base import Part, at_dtype_of
+from graft.parts.base import Form, Part, at_dtype_of
 from graft.parts.lowrank import LoraPart
 from graft.sites import Site
 
@@ -34,6 +34,12 @@ class DoraPart(LoraPart):
         delta = (F.linear(low, self.lora_B) * self.scale).to(y.dtype)
         plain = y if self.site.bias is None else y - self.site.bias
         return (y + (g - 1) * plain + g * delta).to(y.dtype)
+
+    def form(self) -> Form | None:
+        """A, g·s·B, g of y, and what of the host's bias g must not change."""
+        g = self.lora_magnitude_vector / self._norm()
+        shift = None if self.site.bias is None else (1 - g) * self.site.bias
+        return Form(down=self.lora_A, up=self.lora_B * (self.scale * g)[:, None], factor=g, shift=shift)
 
     @torch.no_grad()
     def _norm(self) -> Tensor:

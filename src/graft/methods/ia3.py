@@ -17,7 +17,7 @@ from graft.methods.folder import (
 )
 from graft.methods.linears import AtLinears
 from graft.model import Base
-from graft.parts.base import Adapter, Part
+from graft.parts.base import Adapter, Form, Part
 from graft.sites import Site, matches
 
 
@@ -31,6 +31,10 @@ class ScaledOutput(Part):
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """y [B, S, d_out] -> [B, S, d_out]."""
         return (y * self.ia3_l).to(y.dtype)
+
+    def form(self) -> Form | None:
+        """l."""
+        return Form(factor=self.ia3_l)
 
     def merge(self, site: Site) -> dict[str, Tensor]:
         """l on the rows of W, and on the bias."""
@@ -51,6 +55,10 @@ class ScaledInput(Part):
     def before(self, x: Tensor) -> Tensor:
         """x [B, S, d_in] -> [B, S, d_in]."""
         return (x * self.ia3_l).to(x.dtype)
+
+    def form(self) -> Form | None:
+        """l."""
+        return Form(factor=self.ia3_l)
 
     def merge(self, site: Site) -> dict[str, Tensor]:
         """l on the columns of W."""

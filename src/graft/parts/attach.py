@@ -14,9 +14,10 @@ from graft.errors import DamagedError, NotMergeable, RouteError, UsageError, nea
 from graft.model import Base, Hidden
 from graft.parts.attention import close_slots, open_slot, slot_at
 from graft.parts.base import Adapter, Part
+from graft.parts.stacked import Stacks
 from graft.parts.tokens import Tokens
 from graft.quantize import dequantize, packed_layers
-from graft.routing import Entry, Route, by_rows, take
+from graft.routing import Entry, Route, Rows, Tenants, by_rows, take
 from graft.sites import Site
 
 _HOST = "_graft_host"
@@ -28,7 +29,8 @@ class Socket:
 
     def __init__(self, site: Site) -> None:
         self.site = site
-        self.parts: dict[str, Part] = {}
+        self.parts: Tenants[Part] = Tenants()
+        self.stacks = Stacks(self.parts, site.leave)
         self.x: Tensor | None = None
 
 
@@ -44,8 +46,9 @@ class Host:
         self.module = module
         self.name = path
         self.shared_by_rows = any(path.endswith(name) for name in base.family.unroutable)
-        self.own: dict[str, Part] = {}
-        self.before: dict[str, Part] = {}
+        self.own: Tenants[Part] = Tenants()
+        self.before: Tenants[Part] = Tenants()
+        self.stacks = Stacks(self.before, module)
         # A list: keys that name the layer would make compiled code a graph for each layer.
         self.after: list[Socket] = []
         self.busy = False
@@ -72,10 +75,10 @@ class Host:
 
     def drop(self, name: str) -> None:
         """Take the parts of adapter `name` away."""
-        self.own.pop(name, None)
-        self.before.pop(name, None)
+        self.own.leave(name)
+        self.before.leave(name)
         for socket in self.after:
-            socket.parts.pop(name, None)
+            socket.parts.leave(name)
 
     @property
     def empty(self) -> bool:
@@ -100,13 +103,14 @@ class Host:
             return None
         x = _input(args, kwargs)
 
-        def adapted(chain: list[Part], rows: Tensor | None) -> Tensor:
+        def adapted(chain: list[Part], rows: Rows) -> Tensor:
             result = take(x, rows)
             for part in chain:
                 result = part.before(result).to(x.dtype)
             return result
 
-        new = by_rows(self.router, self.before, lambda rows: take(x, rows), adapted, x.shape[0], self)
+        plain, parts = self.stacks.apply(self.router.require(), x, x, self)
+        new = by_rows(self.router, parts, lambda rows: take(plain, rows), adapted, x.shape[0], self)
         return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -126,13 +130,14 @@ class Host:
         columns = socket.site.columns
         old = y if columns is None else y[..., columns]
 
-        def adapted(chain: list[Part], rows: Tensor | None) -> Tensor:
+        def adapted(chain: list[Part], rows: Rows) -> Tensor:
             inputs, result = take(x, rows), take(old, rows)
             for part in chain:
                 result = part.after(inputs, result).to(old.dtype)
             return result
 
-        new = by_rows(self.router, socket.parts, lambda rows: take(old, rows), adapted, x.shape[0], socket.site)
+        plain, parts = socket.stacks.apply(self.router.require(), x, old, socket.site)
+        new = by_rows(self.router, parts, lambda rows: take(plain, rows), adapted, x.shape[0], socket.site)
         if columns is None:
             return new
         return torch.cat([y[..., : columns.start], new, y[..., columns.stop :]], dim=-1)
@@ -147,7 +152,7 @@ class Host:
                 "route all rows of the batch through one adapter",
             )
 
-        def adapted(chain: list[Part], rows: Tensor | None) -> Tensor:
+        def adapted(chain: list[Part], rows: Rows) -> Tensor:
             hosted = dict(self.module.named_parameters(recurse=False))
             values = {name: value.to(hosted[name].dtype) for part in chain for name, value in part.own().items()}
             inputs = (take(args[0], rows), *args[1:])
@@ -245,7 +250,7 @@ def detach(base: Base, name: str) -> Adapter:
                 del module.__dict__[_HOST]
         slot = slot_at(module)
         if slot is not None:
-            slot.parts.pop(name, None)
+            slot.parts.leave(name)
         _unlodge(module, f"{site.key}_{name}")
     for kind in ("shared", "head"):
         _unlodge(base.model, f"{kind}_{name}")

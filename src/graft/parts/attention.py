@@ -18,7 +18,7 @@ from graft.engine.attention import at_autocast, dense_attention, is_faster
 from graft.errors import ModelError
 from graft.model import Base
 from graft.parts.base import Core, Part
-from graft.routing import Router, by_rows, take
+from graft.routing import Router, Rows, Tenants, by_rows, take
 
 NAME = "graft"
 FAST = "graft_fast"
@@ -34,7 +34,7 @@ class AttentionSlot:
     def __init__(self, router: Router, name: str) -> None:
         self.router = router
         self.name = name
-        self.parts: dict[str, Part] = {}
+        self.parts: Tenants[Part] = Tenants()
 
 
 def slot_at(module: nn.Module) -> AttentionSlot | None:
@@ -87,7 +87,7 @@ def graft_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: q [B, heads, S, d], k and v [B, kv_heads, T, d] -> [B, S, heads, d]."""
 
-    def sdpa(rows: Tensor | None) -> Tensor:
+    def sdpa(rows: Rows) -> Tensor:
         bias = None if position_bias is None else take(position_bias, rows)
         mask = None if attention_mask is None else take(attention_mask, rows)
         q, k, v = (take(tensor, rows) for tensor in (query, key, value))
@@ -104,7 +104,7 @@ def graft_attention(
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     mask = _explicit_mask(attention_mask, position_bias, query, key, causal)
 
-    def attend(chain: list[Part], rows: Tensor | None) -> Tensor:
+    def attend(chain: list[Part], rows: Rows) -> Tensor:
         call: Core = core
         last = [part for part in chain if part.cuts_rows]
         for part in reversed([*(part for part in chain if not part.cuts_rows), *last]):

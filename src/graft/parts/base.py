@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -14,6 +15,26 @@ from graft.sites import Site
 Core = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Attention as (q, k, v, mask) -> out: q [B, heads, S, d], k and v [B, kv_heads, T, d], mask bool or additive
 [B or 1, 1 or heads, S, T] (None: everything is seen), out [B, S, heads, d]."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a part computes without dropout, as y∘factor + shift + up·f(down·h + bias), with h = x, or y where it
+    `sees_output`. What is None is left out: factor 1, the others 0, f the identity."""
+
+    down: Tensor | None = None
+    """[r, d_in], or [r, d_out] where the output is seen."""
+    up: Tensor | None = None
+    """[d_out, r], the part's scale in it."""
+    bias: Tensor | None = None
+    """[r]."""
+    function: nn.Module | None = None
+    """f, number by number; two that print alike compute the same."""
+    sees_output: bool = False
+    factor: Tensor | None = None
+    """[d_out]."""
+    shift: Tensor | None = None
+    """[d_out]."""
 
 
 class Part(nn.Module):
@@ -58,6 +79,11 @@ class Part(nn.Module):
     def own(self) -> dict[str, Tensor]:
         """Values that replace the host's tensors for this part's rows, by the host's own names."""
         raise NotImplementedError
+
+    def form(self) -> Form | None:
+        """What `after` (or `before`, with y = x) computes, as a `Form`, so that the parts of several adapters at a
+        site run as one product; None where it has none. A subclass that computes otherwise gives its own."""
+        return None
 
     def merge(self, site: Site) -> dict[str, Tensor]:
         """New host tensors by path, such that the base alone computes what the attached part computes.

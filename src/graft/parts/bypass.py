@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from graft.parts.base import Part, at_dtype_of
+from graft.parts.base import Form, Part, at_dtype_of
 from graft.sites import Site
 
 
@@ -40,3 +40,18 @@ class BypassPart(Part):
             return y + delta
         share = torch.tanh(self.gate)
         return ((1 - share) * y + share * delta).to(y.dtype)
+
+    def form(self) -> Form | None:
+        """The two matrices, and 1 - λ of y where it is gated."""
+        plain = isinstance(self.activation, nn.Identity)
+        share = None if self.gate is None else torch.tanh(self.gate)
+        scale = self.scale if share is None else self.scale * share
+        return Form(
+            down=self.down.weight,
+            up=self.up.weight * scale,
+            bias=self.down.bias,
+            function=None if plain else self.activation,
+            sees_output=not self.parallel,
+            factor=None if share is None else (1 - share).expand(self.up.bias.shape),
+            shift=self.up.bias * scale,
+        )

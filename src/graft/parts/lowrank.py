@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graft.parts.base import Part, at_dtype_of
+from graft.parts.base import Form, Part, at_dtype_of
 from graft.sites import Site
 
 
@@ -25,6 +25,10 @@ class LoraPart(Part):
         """x [B, S, d_in], y [B, S, d_out] -> [B, S, d_out]."""
         low = F.linear(self.dropout(at_dtype_of(x, self.lora_A)), self.lora_A)
         return y + (F.linear(low, self.lora_B) * self.scale).to(y.dtype)
+
+    def form(self) -> Form | None:
+        """A, and s·B."""
+        return Form(down=self.lora_A, up=self.lora_B * self.scale)
 
     def merge(self, site: Site) -> dict[str, Tensor]:
         """W + s·B A, added in fp32."""

@@ -1,0 +1,207 @@
+"""The parts of several adapters at one place as one product, where rows of a batch go through different ones.
+
+The matrices of all adapters in use stand one below the other: each row is multiplied with all of them, and what is of
+other adapters becomes zero in between. For the few tokens of a step of decoding that costs less than a product for each
+adapter, since the time goes into calls, not into arithmetic; ranks may differ, and nothing is gathered or put back.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graft.parts.base import Form, Part, at_dtype_of
+from graft.routing import Named, Route, Tenants
+
+FEW = 8
+"""Tokens of a row up to which parts are stacked. A prompt's arithmetic counts: there each adapter reads its own rows."""
+
+
+class Watch:
+    """Whether parts are what they were: their tensors (the same ones, not written to) and plain settings.
+
+    A write through `tensor.data` leaves no trace in PyTorch, and is not seen.
+    """
+
+    def __init__(self, parts: list[Part], host: nn.Module) -> None:
+        modules = [module for part in parts for module in part.modules()]
+        modules += [host] if any(part.reads_weight for part in parts) else []
+        held = [values for module in modules for values in (module._parameters, module._buffers)]
+        tensors = [(values, key, value) for values in held for key, value in values.items() if value is not None]
+        self.unwritten = not any(tensor.is_inference() for _, _, tensor in tensors)
+        """Whether writes can be seen at all: tensors made in inference mode do not count them."""
+        self.tensors = [
+            (values, key, tensor, tensor._version, tensor.data_ptr())
+            for values, key, tensor in (tensors if self.unwritten else [])
+        ]
+        self.settings = [
+            (vars(part), key, value)
+            for part in parts
+            for key, value in vars(part).items()
+            if isinstance(value, (bool, int, float))
+        ]
+
+    def holds(self) -> bool:
+        """Whether nothing changed."""
+        for values, key, tensor, version, address in self.tensors:
+            if values.get(key) is not tensor or tensor._version != version or tensor.data_ptr() != address:
+                return False
+        return all(values.get(key) is value for values, key, value in self.settings)
+
+
+class Layer(NamedTuple):
+    """Forms of one function: down [R, d], up [d_out, R], bias [R], and whose each of the R columns is [R]."""
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor | None
+    owner: Tensor
+    function: nn.Module | None
+    sees_output: bool
+
+
+class Stack:
+    """The forms of some adapters in one, and their rows of one route."""
+
+    def __init__(self, forms: dict[str, Form]) -> None:
+        self.names = {name: number for number, name in enumerate(forms)}
+        kinds: dict[tuple[str, bool], list[tuple[int, Form]]] = {}
+        for number, form in enumerate(forms.values()):
+            if form.down is not None:
+                kinds.setdefault((repr(form.function), form.sees_output), []).append((number, form))
+        self.layers = [_layer(kind) for kind in kinds.values()]
+        self.factor = _table([form.factor for form in forms.values()], 1.0)
+        self.shift = _table([form.shift for form in forms.values()], 0.0)
+        self.masks: list[Tensor] = []
+        self.row_factor: Tensor | None = None
+        self.row_shift: Tensor | None = None
+
+    @property
+    def apart(self) -> bool:
+        """Whether no row can reach another: zero times infinity would."""
+        return all(bool(layer.up.sum().isfinite()) for layer in self.layers)
+
+    def seat(self, route: Route) -> None:
+        """Take the rows of a route; those of other adapters come out as they went in."""
+        numbers = [self.names.get(entry[0], len(self.names)) if entry else len(self.names) for entry in route.entries]
+        rows = torch.tensor(numbers, device=route.inverse.device)
+        self.masks = [(layer.owner == rows[:, None])[:, None] for layer in self.layers]
+        self.row_factor = None if self.factor is None else self.factor[rows][:, None]
+        self.row_shift = None if self.shift is None else self.shift[rows][:, None]
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """x [B, S, d_in], y [B, S, d_out] -> [B, S, d_out]."""
+        result = y if self.row_factor is None else y * self.row_factor
+        if self.row_shift is not None:
+            result = result + self.row_shift
+        for layer, mine in zip(self.layers, self.masks, strict=True):
+            low = F.linear(at_dtype_of(y if layer.sees_output else x, layer.down), layer.down, layer.bias)
+            if layer.function is not None:
+                low = layer.function(low)
+            result = result + F.linear(torch.where(mine, low, 0.0), layer.up)
+        return result.to(y.dtype)
+
+
+class Stacks:
+    """The parts at one place that run as one product under the present route, made when they are first needed."""
+
+    def __init__(self, parts: Tenants[Part], host: nn.Module) -> None:
+        self.parts = parts
+        self.host = host
+        self.route: Route | None = None
+        self.stack: Stack | None = None
+        self.rest: Tenants[Part] = parts
+        self.watch: Watch | None = None
+
+    def apply(self, route: Route, x: Tensor, y: Tensor, where: Named) -> tuple[Tensor, Tenants[Part]]:
+        """y [B, S, d_out] with what the stacked parts do to their rows of it, and the parts that run one by one.
+
+        Only where no gradient is wanted and rows have few tokens: in training every part has its own product.
+        """
+        if route.uniform is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return y, self.parts
+        if route.stacked or type(x) is not Tensor or x.dim() != 3 or x.shape[1] > FEW or x.shape[0] != y.shape[0]:
+            return y, self.parts
+        if self.route is not route or self.watch is None or not self.watch.holds():
+            route.check(x.shape[0], where)
+            self._prepare(route)
+        return (y, self.parts) if self.stack is None else (self.stack(x, y), self.rest)
+
+    def forget(self) -> None:
+        """Drop what was made of the parts: others are here."""
+        self.route = self.stack = self.watch = None
+
+    def _prepare(self, route: Route) -> None:
+        names = [name for name in self.parts if name in route.names()]
+        if not self._serves(names):
+            chosen = [self.parts[name] for name in names]
+            self.watch = Watch(chosen, self.host)
+            forms = dict(_forms(names, chosen)) if self.watch.unwritten else {}
+            stack = Stack(forms) if forms else None
+            self.stack = stack if stack is not None and stack.apart else None
+        if self.stack is not None:
+            self.stack.seat(route)
+            self.rest = Tenants()
+            for name in names:
+                if name not in self.stack.names:
+                    self.rest[name] = self.parts[name]
+        self.route = route
+
+    def _serves(self, names: list[str]) -> bool:
+        """Whether the stack that is there can go on: rows left the batch, and at least half of its adapters are used."""
+        if self.stack is None or self.watch is None or not self.watch.holds():
+            return False
+        known = [name for name in names if name in self.stack.names]
+        alone = [name for name in names if name not in self.stack.names]
+        return 2 * len(known) >= len(self.stack.names) and not any(True for _ in _forms(alone, map(self.parts.get, alone)))
+
+
+def _forms(names: list[str], parts: Any) -> Iterator[tuple[str, Form]]:
+    """The forms of the parts that have one and are not in training, where dropout may act."""
+    for name, part in zip(names, parts, strict=True):
+        form = part.form() if _tells_all(part) and not part.training else None
+        if form is not None:
+            yield name, form
+
+
+def _tells_all(part: Part) -> bool:
+    """Whether `form` was written for what the part computes, not for a class above it."""
+    ways = [way for way in ("before", "after") if part.does(way)]
+    return len(ways) == 1 and issubclass(_writer(part, "form"), _writer(part, ways[0]))
+
+
+def _writer(part: Part, name: str) -> type:
+    return next(cls for cls in type(part).__mro__ if name in vars(cls))
+
+
+def _layer(forms: list[tuple[int, Form]]) -> Layer:
+    first = forms[0][1]
+    down, up, bias, owner = [], [], [], []
+    for number, form in forms:
+        assert form.down is not None
+        assert form.up is not None
+        down.append(form.down)
+        up.append(form.up)
+        bias.append(form.down.new_zeros(len(form.down)) if form.bias is None else form.bias)
+        owner += [number] * len(form.down)
+    biased = any(form.bias is not None for _, form in forms)
+    device = first.down.device if first.down is not None else None
+    return Layer(
+        torch.cat(down),
+        torch.cat(up, dim=1),
+        torch.cat(bias) if biased else None,
+        torch.tensor(owner, device=device),
+        first.function,
+        first.sees_output,
+    )
+
+
+def _table(vectors: list[Tensor | None], neutral: float) -> Tensor | None:
+    """[n + 1, d]: the vector of each form, then one for the rows of other adapters; None when no form has one."""
+    like = next((vector for vector in vectors if vector is not None), None)
+    if like is None:
+        return None
+    neutral_one = torch.full_like(like, neutral)
+    return torch.stack([*(neutral_one if vector is None else vector for vector in vectors), neutral_one])
