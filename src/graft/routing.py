@@ -158,16 +158,20 @@ class Tenants(dict[str, P]):
         super().__init__()
         self.route: Route | None = None
         self.shares: tuple[tuple[list[P], Rows], ...] = ()
+        self.changes = 0
+        """How often a part came or left."""
         self.inverse: Tensor | None = None
         """What puts the rows of all shares, one after another, into the order of the batch; None: they are in it."""
 
     def __setitem__(self, name: str, part: P) -> None:
         self.route = None
+        self.changes += 1
         super().__setitem__(name, part)
 
     def leave(self, name: str) -> None:
         """Take the part of adapter `name` away, if it has one here."""
         self.route = None
+        self.changes += 1
         self.pop(name, None)
 
     def divide(self, route: Route) -> tuple[tuple[list[P], Rows], ...]:
@@ -178,9 +182,7 @@ class Tenants(dict[str, P]):
         rows: dict[tuple[str, ...], list[int]] = {}
         for index, names in enumerate(route.entries):
             rows.setdefault(tuple(name for name in names if name in self), []).append(index)
-        self.shares = tuple(
-            ([self[name] for name in names], _index(found, route)) for names, found in rows.items()
-        )
+        self.shares = tuple(([self[name] for name in names], _index(found, route)) for names, found in rows.items())
         order = [index for found in rows.values() for index in found]
         sorted_already = order == list(range(len(order)))
         device = route.inverse.device

@@ -1,12 +1,13 @@
 """The parts of several adapters at one place as one product, where rows of a batch go through different ones.
 
 The matrices of all adapters in use stand one below the other: each row is multiplied with all of them, and what is of
-other adapters becomes zero in between. For the few tokens of a step of decoding that costs less than a product for each
-adapter, since the time goes into calls, not into arithmetic; ranks may differ, and nothing is gathered or put back.
+other adapters becomes zero in between. For the few tokens of a decoding step that takes less time than a product for
+each adapter, as calls cost more than arithmetic; ranks may differ, and nothing is gathered or put back. It takes as
+much memory again as the adapters in use.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +21,19 @@ FEW = 8
 
 
 class Watch:
-    """Whether parts are what they were: their tensors (the same ones, not written to) and plain settings.
+    """Whether parts are what they were: which are here, their tensors (the same ones, not written to) and settings.
 
     A write through `tensor.data` leaves no trace in PyTorch, and is not seen.
     """
 
-    def __init__(self, parts: list[Part], host: nn.Module) -> None:
+    def __init__(self, here: Tenants[Part], parts: list[Part], host: nn.Module) -> None:
+        self.here, self.changes = here, here.changes
         modules = [module for part in parts for module in part.modules()]
         modules += [host] if any(part.reads_weight for part in parts) else []
         held = [values for module in modules for values in (module._parameters, module._buffers)]
         tensors = [(values, key, value) for values in held for key, value in values.items() if value is not None]
+        # Keeps the memory of values that `.to()` replaces, or the next ones could stand at the same address.
+        self.memory = [tensor.detach() for _, _, tensor in tensors]
         self.unwritten = not any(tensor.is_inference() for _, _, tensor in tensors)
         """Whether writes can be seen at all: tensors made in inference mode do not count them."""
         self.tensors = [
@@ -45,6 +49,8 @@ class Watch:
 
     def holds(self) -> bool:
         """Whether nothing changed."""
+        if self.here.changes != self.changes:
+            return False
         for values, key, tensor, version, address in self.tensors:
             if values.get(key) is not tensor or tensor._version != version or tensor.data_ptr() != address:
                 return False
@@ -129,15 +135,11 @@ class Stacks:
             self._prepare(route)
         return (y, self.parts) if self.stack is None else (self.stack(x, y), self.rest)
 
-    def forget(self) -> None:
-        """Drop what was made of the parts: others are here."""
-        self.route = self.stack = self.watch = None
-
     def _prepare(self, route: Route) -> None:
         names = [name for name in self.parts if name in route.names()]
         if not self._serves(names):
             chosen = [self.parts[name] for name in names]
-            self.watch = Watch(chosen, self.host)
+            self.watch = Watch(self.parts, chosen, self.host)
             forms = dict(_forms(names, chosen)) if self.watch.unwritten else {}
             stack = Stack(forms) if forms else None
             self.stack = stack if stack is not None and stack.apart else None
@@ -150,26 +152,27 @@ class Stacks:
         self.route = route
 
     def _serves(self, names: list[str]) -> bool:
-        """Whether the stack that is there can go on: rows left the batch, and at least half of its adapters are used."""
+        """Whether the stack that is there can go on: no other adapter is needed, and half of its own are, or more."""
         if self.stack is None or self.watch is None or not self.watch.holds():
             return False
         known = [name for name in names if name in self.stack.names]
         alone = [name for name in names if name not in self.stack.names]
-        return 2 * len(known) >= len(self.stack.names) and not any(True for _ in _forms(alone, map(self.parts.get, alone)))
+        return 2 * len(known) >= len(self.stack.names) and not any(can_stack(self.parts[name]) for name in alone)
 
 
-def _forms(names: list[str], parts: Any) -> Iterator[tuple[str, Form]]:
-    """The forms of the parts that have one and are not in training, where dropout may act."""
+def _forms(names: list[str], parts: list[Part]) -> Iterator[tuple[str, Form]]:
+    """The forms of the parts that have one."""
     for name, part in zip(names, parts, strict=True):
-        form = part.form() if _tells_all(part) and not part.training else None
+        form = part.form() if can_stack(part) else None
         if form is not None:
             yield name, form
 
 
-def _tells_all(part: Part) -> bool:
-    """Whether `form` was written for what the part computes, not for a class above it."""
+def can_stack(part: Part) -> bool:
+    """Whether `form` was written for what the part computes, not for a class above it, and the part is not in
+    training, where dropout may act."""
     ways = [way for way in ("before", "after") if part.does(way)]
-    return len(ways) == 1 and issubclass(_writer(part, "form"), _writer(part, ways[0]))
+    return not part.training and len(ways) == 1 and issubclass(_writer(part, "form"), _writer(part, ways[0]))
 
 
 def _writer(part: Part, name: str) -> type:
