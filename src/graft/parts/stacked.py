@@ -17,7 +17,7 @@ from graft.parts.base import Form, Part, at_dtype_of
 from graft.routing import Named, Route, Tenants
 
 FEW = 8
-"""Tokens of a row up to which parts are stacked. A prompt's arithmetic counts: there each adapter reads its own rows."""
+"""Tokens of a row up to which parts are stacked. Arithmetic counts for a prompt: there each part has its own rows."""
 
 
 class Watch:
