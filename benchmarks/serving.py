@@ -141,7 +141,7 @@ def throughput(rounds: int, dtype: Any, folder: Path) -> dict[str, dict[str, lis
 
 
 def latency(rounds: int, dtype: Any, folder: Path) -> dict[str, dict[str, list[float]]]:
-    """Seconds at batch 1: the median of each round, by figure and variant. A base of its own for each variant."""
+    """Processor time in seconds at batch 1: the median of each round, by figure and variant. Each has its own base."""
     import torch
 
     from graft.decoding import Decoder
@@ -171,9 +171,9 @@ def latency(rounds: int, dtype: Any, folder: Path) -> dict[str, dict[str, list[f
         for turn in range(count + 2):
             for name, call in calls.items():
                 with torch.no_grad(), bases[name].route(routes[name]):
-                    started = time.perf_counter()
+                    started = time.process_time()
                     call()
-                    times[name] += [time.perf_counter() - started] if turn > 1 else []
+                    times[name] += [time.process_time() - started] if turn > 1 else []
         for name, each in times.items():
             found.setdefault(figure, {}).setdefault(name, []).append(statistics.median(each))
 

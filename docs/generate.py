@@ -619,7 +619,7 @@ def serving_page() -> str:
         "\n".join(batches),
         "\n".join(faster),
         "## Latency at batch 1",
-        "One row: the time of a decoded token after 32, and of a forward pass without the scores of words. In brackets: times the base's"
+        "One row: the processor time of a decoded token after 32, and of a forward pass without the scores of words. In brackets: times the base's"
         " of the same round. LoRA at queries and values, bottleneck adapters after both blocks of every layer.",
         "\n".join(late),
         f"`{run['command']}`, {run['created']}, {run['rounds']} rounds, cases alternating, {run['dtype']}; {machine['cpu']}, {machine['threads']}"
