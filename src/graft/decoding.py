@@ -67,11 +67,13 @@ def _new_cache(config: Any = None) -> DynamicCache:
 
 
 class Decoder:
-    """A batch of a decoder, padded on the left, and its cache."""
+    """A batch of a decoder, padded on the left to its longest row or to `columns`, and its cache."""
 
-    def __init__(self, base: Base, prompts: Sequence[Sequence[int]], route: Route, use_cache: bool) -> None:
+    def __init__(
+        self, base: Base, prompts: Sequence[Sequence[int]], route: Route, use_cache: bool, columns: int = 0
+    ) -> None:
         self.base, self.route = base, route
-        longest = max(len(prompt) for prompt in prompts)
+        longest = max(columns, *(len(prompt) for prompt in prompts))
         filler = base.config.pad_token_id or 0
         self.ids = torch.tensor([[*[filler] * (longest - len(p)), *p] for p in prompts], device=base.device)
         self.mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=base.device)

@@ -107,7 +107,8 @@ def answering(engine: Engine, version: Version, request: ChatRequest | Completio
     """The request read and taken in. Raises `Refusal` and errors of Graft for one that cannot be answered."""
     base = engine.adapters.base
     if version.renderer is None:
-        does = f"{version.name!r} is a classifier: ask it at /v1/classify" if version.labels else "it writes no answers"
+        name = repr(version.name)
+        does = f"{name} is a classifier: ask it at /v1/classify" if version.labels else f"{name} writes no answers"
         raise Refusal(400, does, param="model", code="wrong_task")
     chat = isinstance(request, ChatRequest)
     room = room_of(base, version)

@@ -20,6 +20,11 @@ from graft.sampling import GREEDY, Draws, Sampling, choose_each
 
 _SHARE = 8
 """Ended rows leave, and waiting ones join, when they are one row in so many: each copies the keys and values once."""
+STRIDE = 16
+"""What the columns of a pass over prompts are a multiple of. Matrix products in bf16 keep a kernel for each number of
+rows that they meet, on CPUs for ever (0.3 MB each, torch 2.13): with any number a batch of a tiny model grew by 24 MB a
+second.
+"""
 _PATIENCE = 4
 """Steps after which waiting rows join however few they are."""
 
@@ -228,8 +233,12 @@ class Batch:
         if not rows:
             return
         prompts = [[*row.prompt, *row.ids] for row in rows]
-        first, rest = (prompts, []) if len(rows) > 1 else ([prompts[0][: self.chunk]], prompts[0][self.chunk :])
-        decoder = Decoder(self.base, first, Route.of([row.entry for row in rows], self.base.device), True)
+        rest: list[int] = []
+        if len(rows) == 1:  # the first piece is the odd one, since it can be padded
+            begin = (len(prompts[0]) - 1) % self.chunk + 1
+            prompts, rest = [prompts[0][:begin]], prompts[0][begin:]
+        columns = -(-max(map(len, prompts)) // STRIDE) * STRIDE
+        decoder = Decoder(self.base, prompts, Route.of([row.entry for row in rows], self.base.device), True, columns)
         self._reading = _Reading(rows, decoder, rest)
 
     def _join(self, reading: _Reading) -> None:

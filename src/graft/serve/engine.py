@@ -24,6 +24,8 @@ from graft.serve.texts import Texts, TextsQueue
 R = TypeVar("R")
 _CALM = 50
 """Steps without trouble after which a batch that was made smaller may have one row more."""
+_TEXTS = 16
+"""Texts that take a queue's place of one answer: each is read in one pass, among others."""
 
 
 class Full(ResourceError):
@@ -122,7 +124,7 @@ class Engine:
 
     @property
     def open(self) -> int:
-        """Rows and texts that were taken in and have not ended."""
+        """Answers, and texts in their measure, that were taken in and have not ended."""
         return self._open
 
     def submit(self, job: Job) -> None:
@@ -133,9 +135,10 @@ class Engine:
 
     def classify(self, texts: Texts) -> None:
         """Take texts in, whose future gets their scores. Raises `Full` and `Stopping`."""
-        self._enter(len(texts.rows))
+        count = 1 + len(texts.rows) // _TEXTS
+        self._enter(count)
         self.adapters.hold(texts.version)
-        texts.future.add_done_callback(lambda _: self._left(texts.version, len(texts.rows)))
+        texts.future.add_done_callback(lambda _: self._left(texts.version, count))
         self._inbox.put(lambda: self._texts.add(texts))
 
     def call(self, function: Callable[[], R]) -> "Future[R]":

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn import functional as F
 
 from graft.errors import DataError, GraftError
 from graft.limits import is_memory
@@ -14,6 +15,7 @@ from graft.objectives.classify import LabelledExample, collate, encode
 from graft.parts.head import scores
 from graft.routing import Route
 from graft.serve.adapters import Adapters, Version
+from graft.serve.batch import STRIDE
 
 _MOST_ROWS = 32
 
@@ -122,6 +124,9 @@ class TextsQueue:
         base = self.adapters.base
         base.model.eval()
         batch = collate(base, [texts.rows[index] for texts, index in group])
+        longest = batch["input_ids"].shape[1]
+        more = min(-longest % STRIDE, min(text_limit(base, texts.version) for texts, _ in group) - longest)
+        batch = {key: F.pad(values, (0, max(0, more))) for key, values in batch.items()}
         route = Route.of([texts.version.key for texts, _ in group], base.device)
         shares = scores(base, batch, route).float().softmax(dim=-1).tolist()
         for (texts, index), row in zip(group, shares, strict=True):
