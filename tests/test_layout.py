@@ -37,8 +37,14 @@ ORDER_WITHIN = {
     ],
     "methods": ["folder", "base", "linears", "lowrank", "mixture", "attended", "virtual", "*", "store", "table"],
     "objectives": ["base", "causal", "*"],
+    "diagnosis": [
+        *("curve", "rates", "broken", "fit", "outcome", "diagnose", "advice", "runs", "trainer", "comparison", "guard"),
+    ],
     "planning": ["fake", "live", "step", "catalogue", "machine", "simulate", "smaller", "plan", "preflight"],
-    "cli": ["shared", "runs", "export", "look", "hardware", "plan", "recommend", "data", "chat", "serve", "commands"],
+    "cli": [
+        *("shared", "runs", "export", "look", "hardware", "plan", "recommend", "data", "chat", "serve", "doctor"),
+        "commands",
+    ],
     "train": ["precision", "optim", "guards", "checkpoint", "resume", "loop"],
     "export": [
         *("origin", "probes", "layouts", "vocabulary", "gguffile", "gotemplate", "modelfile", "llamacpp", "folders"),

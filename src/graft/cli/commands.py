@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from graft import __version__
-from graft.cli import chat, data, export, hardware, look, plan, recommend, runs, serve
+from graft.cli import chat, data, doctor, export, hardware, look, plan, recommend, runs, serve
 from graft.engine.runtime import prepare_environment
 from graft.errors import GraftError
 from graft.limits import is_memory
@@ -28,6 +28,7 @@ app.command(name="eval")(runs.evaluate)
 app.command()(chat.chat)
 app.command()(chat.generate)
 app.command()(serve.serve)
+app.command()(doctor.doctor)
 app.command()(runs.merge)
 app.command()(export.export)
 app.command()(runs.runs)

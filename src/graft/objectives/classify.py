@@ -1,5 +1,6 @@
 """Classification of single texts and of pairs, with a head that trains and is stored with every method."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -121,9 +122,12 @@ class Classify(Objective):
         report: Report | None = None,
         quick: bool = False,
     ) -> Result:
-        """Accuracy, with no more than one batch of scores in memory."""
+        """Accuracy, with no more than one batch of scores in memory. Figures: the shares of the label that is given
+        most often, and of the one that is right most often.
+        """
         correct = [0.0] * len(examples)
         loss = 0.0
+        given: Counter[int] = Counter()
 
         def work(rows: list[int]) -> None:
             nonlocal loss
@@ -131,12 +135,18 @@ class Classify(Objective):
             logits = scores(base, collate(base, chosen), entry).float()
             targets = torch.tensor([example.target for example in chosen], device=logits.device)
             loss += float(F.cross_entropy(logits, targets, reduction="sum"))
+            given.update(logits.argmax(dim=1).tolist())
             for row, right in zip(rows, (logits.argmax(dim=1) == targets).tolist(), strict=True):
                 correct[row] = float(right)
 
         done = None if report is None else partial(report, "evaluating")
         size = in_batches([len(example) for example in examples], batch_size, work, done)
-        return Result(sum(correct) / len(correct), loss / len(correct), correct, batch_size=size)
+        right = Counter(example.target for example in examples)
+        figures = {
+            "most_predicted": max(given.values()) / len(examples),
+            "majority": max(right.values()) / len(examples),
+        }
+        return Result(sum(correct) / len(correct), loss / len(correct), correct, figures, batch_size=size)
 
 
 def encode(
