@@ -9,6 +9,7 @@ import curves
 import pytest
 import tiny
 import tiny_chat
+from test_run import RATES, SHORTER
 
 from graft.data.load import read_rows
 from graft.diagnosis.advice import assignments, diff
@@ -23,6 +24,7 @@ from graft.model import load_tokenizer
 from graft.objectives.classify import Classify
 from graft.run import execute
 
+SLOW = pytest.mark.slow
 STOPS = {"not finite", "loss exactly 0", "no gradient", "diverged", "no descent"}
 TRUE_OF_REAL = {
     ("all-methods/longlora-seed2", "overfit"),  # its evaluation loss rises from 0.43 to 0.68
@@ -243,7 +245,7 @@ def place(tmp_path_factory) -> Path:
     return tiny.write_all(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", ["diverged", *(pytest.param(name, marks=SLOW) for name in [*FAULTS][1:])])
 def test_a_tiny_run_that_goes_wrong(place, tmp_path, name):
     settings = tiny.settings(place, **FAULTS[name])
     settings["training"] |= {"num_train_epochs": 12}
@@ -263,10 +265,12 @@ def test_a_tiny_run_that_goes_wrong(place, tmp_path, name):
         assert any(line.startswith(name) for line in watch(curve))
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "prefix", "bottleneck", "bitfit"])
+@pytest.mark.parametrize("method", ["lora", *(pytest.param(name, marks=SLOW) for name in RATES if name != "lora")])
 def test_a_healthy_tiny_run(place, tmp_path, method):
-    rates = {"lora": 2e-2, "full": 2e-3, "prefix": 5e-2}
-    execute(tiny.recipe(place, method={"name": method, "learning_rate": rates.get(method, 1e-2)}), tmp_path / "run")
+    execute(
+        tiny.recipe(place, method={"name": method, "learning_rate": RATES[method]} | SHORTER.get(method, {})),
+        tmp_path / "run",
+    )
     curve = read_run(tmp_path / "run")
     assert len(curve.steps) == 30
     assert curve.facts.classes == 2
@@ -276,6 +280,7 @@ def test_a_healthy_tiny_run(place, tmp_path, method):
     assert watch(curve) == []
 
 
+@pytest.mark.slow
 def test_a_healthy_tiny_chat_run_and_one_whose_answers_do_not_end(tmp_path):
     place = tiny_chat.write_all(tmp_path / "data")
     training = {"num_train_epochs": 5, "per_device_train_batch_size": 8, "precision": "fp32"}

@@ -149,11 +149,11 @@ def divergence(curve: Curve) -> Finding | None:
     collapsed = best < SUNK * start and now > BACK * start and least > SUNK * start
     if not (spiked or beyond or collapsed):
         return None
-    peak = next(step.number for step in steps if step.loss >= max(last))
+    top = max((step for step in steps if isfinite(step.loss)), key=lambda step: step.loss)
     return Finding(
         "diverged", "serious", "certain" if beyond or spiked else "likely",
         f"the loss was {start:.3g} at first and {best:.3g} at its best, and is {now:.3g} in the last {width} points, "
-        f"from step {steps[-width].number} to {steps[-1].number}, with {max(last):.3g} at step {peak}",
+        f"from step {steps[-width].number} to {steps[-1].number}, at most {top.loss:.3g} at step {top.number}",
         (rate_words(curve.facts), *_no_warmup(curve), "rows unlike the others, from where it began to rise"),
         lower(curve.facts) | ({} if curve.facts.warmup else setting(curve.facts, "training.warmup_ratio", 0.1)),
         stops=True,
@@ -187,7 +187,7 @@ def no_descent(curve: Curve) -> Finding | None:
     third = len(losses) // 3
     if not _flat(losses[:third], losses[-third:]) or not _flat(losses[: max(3, third // 3)], losses[-third:]):
         return None
-    if losses[-1] < MEMORIZED:
+    if losses[-1] < MEMORIZED or divergence(curve) is not None:
         return None
     known = bearable(facts)
     slow = known is not None and facts.peak_rate is not None and facts.peak_rate < known.low

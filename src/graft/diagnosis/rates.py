@@ -6,6 +6,7 @@ times; on the larger one LoRA is best at 10 times its default for large bases, w
 ones. In between, and above, nothing was swept: the limit falls evenly on a logarithmic scale.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import log10
 
@@ -40,7 +41,8 @@ def bearable(facts: Facts) -> Range | None:
     parameters, kind = facts.parameters, methods().get(facts.method or "")
     if kind is None or (parameters is not None and parameters < LEAST):
         return None
-    if (facts.recipe.get("method") or {}).get("last_layers") == 0:
+    method = facts.recipe.get("method")
+    if isinstance(method, Mapping) and method.get("last_layers") == 0:
         return None
     small, large = kind.rate_small, kind.rate_large
     if parameters is None:

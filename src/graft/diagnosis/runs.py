@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def read_run(path: Path, base: Mapping[str, Any] | None = None) -> Curve:
     points, unreadable = read_lines(path / "metrics.jsonl")
     steps = tuple(_step(point) for point in points)
     evaluations = tuple(_evaluation(point) for point in points if _is_evaluation(point))
-    facts = _facts(path, recipe, points, {} if base is None else base)
+    facts = _facts(path, recipe, points, _figures({} if base is None else base))
     return Curve(str(path), _rising(steps), evaluations, facts, unreadable)
 
 
@@ -68,6 +69,12 @@ def number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
+def count(value: Any) -> int | None:
+    """A whole number; None for anything else."""
+    found = number(value)
+    return int(found) if found is not None and isfinite(found) else None
+
+
 def numbers(values: Any) -> dict[str, float]:
     """The numbers of a mapping."""
     if not isinstance(values, Mapping):
@@ -92,10 +99,9 @@ def _rising(steps: Iterable[Step]) -> tuple[Step, ...]:
 
 def _step(point: Mapping[str, Any]) -> Step:
     loss = number(point.get("train_loss"))
-    examples = number(point.get("examples"))
     return Step(
-        int(number(point.get("step")) or 0), float("nan") if loss is None else loss, number(point.get("learning_rate")),
-        number(point.get("grad_norm")), None if examples is None else int(examples), number(point.get("seconds")),
+        count(point.get("step")) or 0, float("nan") if loss is None else loss, number(point.get("learning_rate")),
+        number(point.get("grad_norm")), count(point.get("examples")), number(point.get("seconds")),
     )  # fmt: skip
 
 
@@ -106,7 +112,7 @@ def _is_evaluation(point: Mapping[str, Any]) -> bool:
 def _evaluation(point: Mapping[str, Any]) -> Evaluation:
     samples = point.get("samples")
     return Evaluation(
-        int(number(point.get("step")) or 0), number(point.get("validation_loss")), number(point.get("quality")),
+        count(point.get("step")) or 0, number(point.get("validation_loss")), number(point.get("quality")),
         numbers(point.get("figures")), samples if isinstance(samples, list) else (),
         number(point.get("evaluation_seconds")),
     )  # fmt: skip
@@ -126,10 +132,11 @@ def facts_of(
     """The facts of a run of a resolved recipe: what it says, and what is known of its base and rows."""
     training, method, objective = (_section(recipe, name) for name in ("training", "method", "objective"))
     by_quality = objective.get("name") == "classify"
+    best_by = training.get("metric_for_best_model")
     return Facts(
-        method=method.get("name"),
-        objective=objective.get("name"),
-        best_by=training.get("metric_for_best_model") or ("quality" if by_quality else "loss"),
+        method=_name(method),
+        objective=_name(objective),
+        best_by=best_by if best_by in ("quality", "loss") else "quality" if by_quality else "loss",
         parameters=parameters,
         peak_rate=peak_rate if peak_rate is not None else number(method.get("learning_rate")),
         total=total,
@@ -150,25 +157,25 @@ def _facts(path: Path, recipe: dict[str, Any], points: list[dict[str, Any]], bas
     environment, status, report = (read_object(path / name) for name in ("env.json", "status.json", "report.json"))
     data, log = _section(environment, "data"), _text_lines(path / "log.txt")
     rows = _section(data, "rows")
-    train_rows = _count(rows.get("train")) or _rows_in(log)
+    train_rows = count(rows.get("train")) or _rows_in(log)
     rates = [rate for point in points if (rate := number(point.get("learning_rate"))) is not None]
     stated = number(report.get("learning_rate")) or number(_section(recipe, "method").get("learning_rate"))
     answers, _ = read_lines(path / "answers.jsonl")
     known = facts_of(
         recipe,
         peak_rate=stated or _rate_in(log) or max(rates, default=None),
-        parameters=_count(_section(environment, "model").get("parameters")),
-        total=_count(report.get("steps")) or _planned(_section(recipe, "training"), train_rows, status),
+        parameters=count(_section(environment, "model").get("parameters")),
+        total=count(report.get("steps")) or _planned(_section(recipe, "training"), train_rows, status),
         classes=_classes(path, data),
         train_rows=train_rows,
-        validation_rows=_count(rows.get("validation")),
+        validation_rows=count(rows.get("validation")),
         dtype=_section(environment, "machine").get("dtype"),
     )
     return replace(
         known,
         state=_state(status),
         cause=str(status.get("cause", "")),
-        report=report,
+        report=_figures(report),
         correct=_scores(path),
         answers=answers,
         base=base,
@@ -181,9 +188,9 @@ def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _count(value: Any) -> int | None:
-    found = number(value)
-    return None if found is None else int(found)
+def _name(section: Mapping[str, Any]) -> str | None:
+    found = section.get("name")
+    return found if isinstance(found, str) else None
 
 
 def _text_lines(path: Path) -> list[str]:
@@ -212,8 +219,8 @@ def _planned(training: Mapping[str, Any], rows: int | None, status: Mapping[str,
     told = re.search(r"step \d+ of (\d+)", str(status.get("phase", "")))
     if told:
         return int(told[1])
-    size, passes = (_count(training.get(key)) for key in ("per_device_train_batch_size", "gradient_accumulation_steps"))
-    epochs, most = number(training.get("num_train_epochs")), _count(training.get("max_steps"))
+    size, passes = (count(training.get(key)) for key in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    epochs, most = number(training.get("num_train_epochs")), count(training.get("max_steps"))
     if rows is None or not size or epochs is None:
         return most
     steps = max(1, round(-(-rows // (size * (passes or 1))) * epochs))
@@ -232,6 +239,12 @@ def _classes(path: Path, data: Mapping[str, Any]) -> int | None:
     return len(labels) if isinstance(labels, list) else None
 
 
+def _figures(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a report, and those of its figures and probes; the rest is not looked at."""
+    inner = {name: numbers(report.get(name)) for name in ("figures", "probes")}
+    return numbers(report) | inner | {"forgetting_unit": str(report.get("forgetting_unit", "points"))}
+
+
 def _scores(path: Path) -> list[float]:
     """Score of each test row; empty where the file is missing or damaged."""
     try:
@@ -243,7 +256,7 @@ def _scores(path: Path) -> list[float]:
 
 def _state(status: Mapping[str, Any]) -> str | None:
     """The state; lost when a run that says it is running has no process on this machine."""
-    state, process = status.get("state"), _count(status.get("pid"))
+    state, process = status.get("state"), count(status.get("pid"))
     if state == "running" and process is not None and not _alive(process):
         return "lost"
     return None if state is None else str(state)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.diagnosis.curve import Curve, Evaluation, Facts, Step
-from graft.diagnosis.runs import number, numbers, read_lines, read_object
+from graft.diagnosis.runs import count, number, numbers, read_lines, read_object
 from graft.errors import DamagedError, DataError
 
 STATE = "trainer_state.json"
@@ -81,7 +81,7 @@ def _number_of(name: str) -> int:
 def _step(entry: Mapping[str, Any]) -> Step:
     loss = number(entry.get("loss"))
     return Step(
-        int(number(entry.get("step")) or 0), float("nan") if loss is None else loss, number(entry.get("learning_rate")),
+        count(entry.get("step")) or 0, float("nan") if loss is None else loss, number(entry.get("learning_rate")),
         number(entry.get("grad_norm")),
     )  # fmt: skip
 
@@ -90,7 +90,7 @@ def _evaluation(entry: Mapping[str, Any]) -> Evaluation:
     named = {key.removeprefix("eval_"): value for key, value in numbers(entry).items() if key.startswith("eval_")}
     quality = next((named[name] for name in _QUALITIES if 0 <= named.get(name, -1) <= 1), None)
     return Evaluation(
-        int(number(entry.get("step")) or 0), named.get("loss"), quality, seconds=number(entry.get("eval_runtime"))
+        count(entry.get("step")) or 0, named.get("loss"), quality, seconds=number(entry.get("eval_runtime"))
     )
 
 
@@ -109,7 +109,7 @@ def _facts(
     folder: Path, state: Mapping[str, Any], history: Sequence[Mapping[str, Any]], steps: Sequence[Step]
 ) -> Facts:
     rates = [step.rate for step in steps if step.rate is not None]
-    total = number(state.get("max_steps"))
+    total = count(state.get("max_steps"))
     peak = max(rates, default=None)
     rising = [step.number for step in steps if peak and step.rate is not None and step.rate < 0.99 * peak]
     first = next((step.number for step in steps if peak and step.rate is not None and step.rate >= 0.99 * peak), 0)
@@ -119,7 +119,7 @@ def _facts(
         method=_method(folder),
         best_by="loss",
         peak_rate=peak,
-        total=int(total) if total and total > 0 else None,
+        total=total if total and total > 0 else None,
         warmup=first / total if total and rising and rising[0] < first else 0.0,
         epochs=number(state.get("num_train_epochs")),
         keeps_best=bool(state.get("best_model_checkpoint")),
