@@ -130,6 +130,17 @@ def test_a_guard_warns_once():
     assert said[0].endswith("try method.learning_rate=0.004")
 
 
+def test_an_evaluation_without_numbers_is_told():
+    said: list[str] = []
+    guard = RunGuard(curves.FACTS, said.append)
+    for step in curves.steps_of(curves.falling(30)):
+        guard.after_step(step.number, step.loss, 0.004, 1.0, 0)
+    guard.after_evaluation(30, math.nan, 0.5, {})
+    guard.after_evaluation(31, math.nan, 0.5, {})
+    assert len(said) == 1
+    assert said[0].startswith("not finite: step 30: the evaluation loss is nan")
+
+
 def test_divergence_is_seen_soon():
     losses = [*curves.falling(400), *[4.0] * 200]
     guard = RunGuard(replace(curves.FACTS, total=600), lambda line: None)

@@ -107,11 +107,13 @@ class RunGuard:
         self._look()
 
     def _look(self) -> None:
-        curve = self.curve
-        for finding in diagnose(curve, STOPPING):
-            if finding.stops and finding.name != "not finite":  # `may_step` knows it sooner, and with its rows
+        found = diagnose(self.curve, (*STOPPING, *WATCHING))
+        if not all(step.finite for step in self.steps):
+            # `may_step` tells of steps sooner, and with their rows.
+            found = [finding for finding in found if finding.name != "not finite"]
+        for finding in found:
+            if finding.stops:
                 raise GuardError(finding.evidence, advice(finding))
-        for finding in diagnose(curve, WATCHING):
             if finding.level != "note" and finding.name not in self.told:
                 self.told.add(finding.name)
                 self.say("; ".join(filter(None, (f"{finding.name}: {finding.evidence}", advice(finding)))))
