@@ -24,6 +24,19 @@ def chunked_loss(states: Tensor, targets: Tensor, score: Callable[[Tensor], Tens
     return total
 
 
+def chunked_losses(states: Tensor, targets: Tensor, score: Callable[[Tensor], Tensor], words: int) -> Tensor:
+    """`chunked_loss` without the sum: one value for each token, fp32 [tokens], each with its own gradient.
+
+    A token's loss depends on its own state alone, so the gradients of all of them are those of their sum, row by row.
+    """
+    if not (torch.is_grad_enabled() and states.requires_grad):
+        chunks = zip(states.split(_size(words)), targets.split(_size(words)), strict=True)
+        found = [F.cross_entropy(score(part), wanted, reduction="none") for part, wanted in chunks]
+        return torch.cat(found) if found else states.new_zeros(0, dtype=torch.float)
+    each: Tensor = _ChunkedEach.apply(states, targets, score, words)  # type: ignore[no-untyped-call]
+    return each
+
+
 def _size(words: int) -> int:
     return max(16, AT_ONCE // words)
 
@@ -51,3 +64,23 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.saved_tensors[0] * grads[0], None, None, None
+
+
+class _ChunkedEach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, targets: Tensor, score: Callable[[Tensor], Tensor], words: int) -> Tensor:
+        losses, grads = [], []
+        for part, wanted in zip(states.split(_size(words)), targets.split(_size(words)), strict=True):
+            with torch.enable_grad():
+                own = part.detach().requires_grad_()
+                each = F.cross_entropy(score(own), wanted, reduction="none")
+                grads.append(torch.autograd.grad(each.sum(), own)[0])
+            losses.append(each.detach())
+        ctx.save_for_backward(torch.cat(grads))
+        return torch.cat(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        own = ctx.saved_tensors[0]
+        return own * grads[0][:, None].to(own.dtype), None, None, None

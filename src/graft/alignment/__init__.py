@@ -1,0 +1,1 @@
+"""What reward models, DPO, GRPO and PPO share: losses, log-probabilities, references, rollouts and rewards."""
