@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "graft"
 ORDER_WITHIN = {
     "engine": ["settings", "runtime", "dropout", "attention", "loss", "compiled"],
     "reading": ["faults", "lines", "jsonrows", "tables", "parquet", "files"],
-    "data": ["dialogue", "rows", "turns", "readers", "writers", "formats", "tasks", "load", "batch"],
+    "data": ["dialogue", "rows", "turns", "readers", "writers", "formats", "tasks", "pairs", "load", "batch"],
     "rendering": ["jinja", "encoder", "spans", "render", "supervise"],
     "curation": [
         *("signs", "private", "findings", "copies", "source", "survey", "labels", "writing", "tokens"),
@@ -36,6 +36,7 @@ ORDER_WITHIN = {
         "head",
     ],
     "methods": ["folder", "base", "linears", "lowrank", "mixture", "attended", "virtual", "*", "store", "table"],
+    "alignment": ["losses", "logprobs", "pairs", "reference", "rewards", "rollouts"],
     "objectives": ["base", "causal", "*"],
     "diagnosis": [
         *("curve", "rates", "broken", "fit", "outcome", "diagnose", "advice", "runs", "trainer", "comparison", "guard"),

@@ -89,7 +89,7 @@ def load_served(run: str, model: str | None = None, watch: Callable[[str, float]
         return _spoken(Served(base, None, Renderer(base.tokenizer, template), run), template)
     tell("loading the adapter", 0.7)
     if adapter_head(store.load(base, folder, _ADAPTER)) is not None:
-        raise UsageError(f"{run} is a classifier, which does not generate", "`graft eval` measures it")
+        raise UsageError(f"{run} has a task head, so it does not generate", "`graft eval` measures it")
     for parameter in base.model.parameters() if in_place else ():
         parameter.data = parameter.data.to(dtype)  # buffers, such as rotary frequencies, stay fp32
     template = template_of(folder)
@@ -120,8 +120,9 @@ def _parts_of(run: str, model: str | None) -> tuple[str, Path | None, bool, str 
     if (path / "recipe.yaml").is_file():
         found = find_run(path)
         recipe = Recipe.parse(found.recipe(), str(found.path / "recipe.yaml"))
-        if recipe.objective.unit == "labelled":
-            raise UsageError(f"{run} is a classifier, which does not generate", f"`graft eval {run}` measures it")
+        if not recipe.objective.speaks:
+            what = "a classifier" if recipe.objective.unit == "labelled" else "a reward model"
+            raise UsageError(f"{run} is {what}, which does not generate", f"`graft eval {run}` measures it")
         name = model or recipe.model
         if recipe.method is None:
             return name, None, False, getattr(recipe.objective, "chat_template", None)

@@ -193,6 +193,7 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
     )
     fitted = trainer.fit(train, validation)
     peak, rows_of_pass = memory.bytes(), trainer.pass_rows
+    run.recipe.objective.finish(base, adapter)
     run.watch("saving the adapter", _TRAINED)
     saved = run.folder.path / "adapter"
     unserved = store.save(adapter, base, saved, template=run.recipe.objective.template(base.tokenizer))
@@ -287,6 +288,7 @@ def evaluation_lines(point: Point, metric: str) -> list[str]:
     figures = {"loss": f"{point.validation_loss:.3f}", metric: f"{point.quality:.1%}"}
     if "ended" in point.figures:
         figures["answers that ended"] = f"{point.figures['ended']:.0%}"
+    figures |= {name: f"{value:.3g}" for name, value in point.watched.items()}
     lines = [f"step {point.step}: " + ", ".join(f"{name} {value}" for name, value in figures.items())]
     for sample in point.samples:
         asked, said, wanted = (_short(sample[key]) for key in ("prompt", "answer", "reference"))

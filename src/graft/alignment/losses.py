@@ -1,6 +1,6 @@
 """The losses of alignment, one function each, over tensors alone.
 
-All are in nats and per row or per token, without a mean: a caller sums them and divides by the weight of the whole step.
+All are in nats and per row or per token, without a mean: a caller sums them and divides by the weight of the step.
 `chosen` and `rejected` are values of the two answers of a pair, [pairs].
 """
 

@@ -68,6 +68,12 @@ class Preference:
     id: str
     place: str
     tools: tuple[Mapping[str, Any], ...] = ()
+    rejected_prompt: tuple[Message, ...] | None = None
+    """The prompt of the rejected answer where it is another one: two rated texts have a prompt each."""
+    gap: float | None = None
+    """How much better the chosen answer was rated, where that is known."""
+    dialogue: Dialogue | None = None
+    """The starter task's row, which can grade answers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,20 +9,21 @@ from pydantic import Field, model_validator
 
 from graft import assets
 from graft.config import Config
-from graft.data.dialogue import Dialogue
+from graft.data.dialogue import Dialogue, Graded, Preference
 from graft.data.formats import FORMATS, AnyRow, Recognized, read_rows_of
+from graft.data.pairs import OFTEN, RATED, continued, rated_pairs, task_pairs, text_of_pair
 from graft.data.rows import FIELDS, Row, make_rows
 from graft.data.tasks import is_task, task_dialogues
 from graft.errors import DamagedError, DataError, nearest
 from graft.files import sha256_of
 from graft.reading.faults import Fault, Faults
-from graft.reading.files import iterate_records, read_records
+from graft.reading.files import Record, iterate_records, read_records
 from graft.splits import group_near_equal, hash_of, normal_form, split_by_group
 
 __all__ = ["DataConfig", "Row", "Splits", "Unit", "load_splits", "read_all", "read_rows", "rows_of", "subset"]
 
-Unit = Literal["labelled", "text", "dialogue"]
-"""What an objective learns from: texts with a label, plain texts, dialogues."""
+Unit = Literal["labelled", "text", "dialogue", "preference"]
+"""What an objective learns from: texts with a label, plain texts, dialogues, answers of which one is the better."""
 
 
 class DataConfig(Config):
@@ -37,8 +38,8 @@ class DataConfig(Config):
     }
 
     train: str = Field(min_length=1)
-    """Rows to train on: a starter data set, a starter task (`task:NAME`), or a file: .jsonl, .json, .csv, .tsv,
-    .parquet or .txt, also with .gz.
+    """Rows to train on: a starter data set, a starter task (`task:NAME`), rated texts (`rated:movie-reviews`), or a
+    file: .jsonl, .json, .csv, .tsv, .parquet or .txt, also with .gz.
     """
     validation: str | None = None
     """Rows to choose settings by; without it the starter's own or a share of the training file."""
@@ -122,7 +123,7 @@ def load_splits(config: DataConfig, unit: Unit = "labelled") -> Splits:
     rows do not have, a split without rows and a file that is given for training and evaluation.
     """
     reader = _Reader(config, unit)
-    whole = _is_starter(config.train) or is_task(config.train)
+    whole = is_task(config.train) or config.train.startswith(RATED) or _is_starter(config.train)
     train = reader.part(config.train, "train")
     given = {
         name: reader.part(source or config.train, name)
@@ -163,7 +164,10 @@ class _Reader:
         if is_task(source):
             if self.unit == "labelled":
                 raise DataError(f"{source} has questions and answers, not labels", "give `objective: instruct`")
-            return list(task_dialogues(source, name))  # type: ignore[arg-type]
+            dialogues = list(task_dialogues(source, name))  # type: ignore[arg-type]
+            return task_pairs(dialogues) if self.unit == "preference" else dialogues
+        if source.startswith(RATED):
+            return self._rated(source, name)
         if _is_starter(source):
             return self._starter(source, name)
         path = Path(source).expanduser()
@@ -171,18 +175,34 @@ class _Reader:
         self.sha256[source] = sha256_of(path)
         return rows
 
+    def _rated(self, source: str, name: str) -> list[Any]:
+        """Rated texts as dialogues, or as pairs."""
+        if self.unit not in ("dialogue", "preference"):
+            raise DataError(f"{source} has texts to continue", "give the name without `rated:`, or another objective")
+        starter = source.removeprefix(RATED)
+        if starter not in _starters() or "rating" not in (rows := self._records(starter, name))[0].fields:
+            raise DataError(f"{source}: no rated texts of this name", "known: rated:movie-reviews")
+        dialogues = [row for row in map(continued, rows) if row is not None]
+        return dialogues if self.unit == "dialogue" else rated_pairs(dialogues, OFTEN if name == "train" else 1)
+
     def _starter(self, source: str, name: str) -> list[Any]:
-        if self.unit == "dialogue":
+        if self.unit in ("dialogue", "preference"):
+            what = "dialogues" if self.unit == "dialogue" else "answers of which one is the better"
             raise DataError(
-                f"{source} has labelled texts, not dialogues",
+                f"{source} has labelled texts, not {what}",
                 "use it with `objective: classify` or `objective: pretrain`",
             )
+        self._records(source, name)
+        return _starter_rows(source, name)
+
+    def _records(self, source: str, name: str) -> list[Record]:
+        """The records of a starter's split, unaltered."""
         file = f"{name}.jsonl"
         path = assets.folder(source) / file
         self.sha256[f"{source}/{file}"] = sha256_of(path)
         if self.sha256[f"{source}/{file}"] != assets.ASSETS[source].files[file]:
             raise DamagedError(f"{path} was altered", f"delete {path.parent} to have it fetched again")
-        return _starter_rows(source, name)
+        return list(read_records(path))
 
     def _labelled(self, path: Path) -> list[Any]:
         if self.config.format not in (None, "classification"):
@@ -198,7 +218,7 @@ class _Reader:
         kept = self._settled(path, list(rows), faults)
         self._check_unit(path, recognized)
         self.notes.append(f"{path.name}: {recognized.why}")
-        return kept if self.unit == "dialogue" else [_as_text(row) for row in kept]
+        return kept if self.unit in ("dialogue", "preference") else [_as_text(row) for row in kept]
 
     def _faults(self) -> Faults | None:
         return Faults(self.config.skip_bad_rows) if self.config.skip_bad_rows else None
@@ -215,9 +235,18 @@ class _Reader:
         return rows
 
     def _check_unit(self, path: Path, recognized: Recognized) -> None:
-        allowed = {"dialogue": ("dialogue",), "text": ("text", "labelled", "dialogue")}[self.unit]
+        allowed = {
+            "dialogue": ("dialogue",),
+            "text": ("text", "labelled", "dialogue"),
+            "preference": ("preference", "graded"),
+        }[self.unit]
         if recognized.unit in allowed:
             return
+        if self.unit == "preference":
+            raise DataError(
+                f"{path}: {recognized.why}; answers of which one is the better are needed",
+                "give rows with prompt, chosen and rejected, or with prompt, completion and label",
+            )
         remedy = {
             "text": "plain text is for `objective: pretrain`",
             "labelled": "labelled texts are for `objective: classify`",
@@ -266,8 +295,10 @@ def _refuse_training_file(config: DataConfig, sha256: Mapping[str, str]) -> None
             )
 
 
-def text_of(row: Row | Dialogue) -> str:
+def text_of(row: Row | Dialogue | Preference | Graded) -> str:
     """All that a row says, as one text: near-equal rows are found by it."""
+    if isinstance(row, Preference | Graded):
+        return text_of_pair(row)
     if isinstance(row, Dialogue):
         return "\n".join(message.content for message in row.messages)
     return row.text if row.text_pair is None else f"{row.text}\n{row.text_pair}"
@@ -280,7 +311,7 @@ def _split_off(config: DataConfig, train: list[Any], given: dict[str, list[Any]]
     if not lacking:
         return {"train": train, **given}
     texts = [text_of(row) for row in train]
-    asked = [_asked(row)[0] if isinstance(row, Dialogue) else "" for row in train]  # one prompt, one part
+    asked = ["" if isinstance(row, Row) else _asked(row)[0] for row in train]  # one prompt, one part
     groups = group_near_equal(texts, keys=asked)
     names = split_by_group(groups, {"train": 1 - sum(lacking.values()), **lacking}, texts)
     parts = {
@@ -331,20 +362,26 @@ def _notes(parts: Mapping[str, list[Any]], unit: Unit) -> tuple[str, ...]:
     notes = []
     answers: dict[tuple[str, str], set[str | None]] = {}
     for row in parts["train"]:
-        answers.setdefault(_asked(row), set()).add(row.answer if isinstance(row, Dialogue) else row.label)
+        answers.setdefault(_asked(row), set()).add(_wanted(row))
     torn = sum(len(given) > 1 for given in answers.values())
-    if torn and unit != "text":
+    if torn and unit in ("dialogue", "labelled"):
         what = "more than one answer" if unit == "dialogue" else "more than one label"
         notes.append(f"{torn} {'prompts' if unit == 'dialogue' else 'texts'} of train stand there with {what}")
     for name in ("validation", "test"):
         known = sum(_asked(row) in answers for row in parts[name])
         if known:
-            what = "have a prompt that is" if unit == "dialogue" else "are"
+            what = "have a prompt that is" if unit in ("dialogue", "preference") else "are"
             notes.append(f"{known} of {len(parts[name])} rows of {name} {what} also in train")
     return tuple(notes)
 
 
-def _asked(row: Row | Dialogue) -> tuple[str, str]:
-    if isinstance(row, Dialogue):
+def _wanted(row: Row | Dialogue | Preference | Graded) -> str | None:
+    if isinstance(row, Preference | Graded):
+        return None
+    return row.answer if isinstance(row, Dialogue) else row.label
+
+
+def _asked(row: Row | Dialogue | Preference | Graded) -> tuple[str, str]:
+    if not isinstance(row, Row):
         return normal_form("\n".join(message.content for message in row.prompt)), ""
     return normal_form(row.text), normal_form(row.text_pair or "")

@@ -70,6 +70,12 @@ class Objective(Config):
     """Tokens per row when the recipe does not say."""
     best_by: ClassVar[str] = "quality"
     """What the best step of a run is chosen by: quality or loss."""
+    compiles: ClassVar[bool] = True
+    """Whether a step runs one way through the layers, so that compiling them pays."""
+    patience: ClassVar[int] = 0
+    """Steps more than the method needs until every tensor must have moved: where a step may have no signal."""
+    speaks: ClassVar[bool] = True
+    """Whether what is trained writes text: a classifier or a reward model does not."""
 
     @property
     def metric(self) -> str:
@@ -105,6 +111,30 @@ class Objective(Config):
     def template(self, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
         """The chat template that rows go through, to be kept with the adapter; None where there is none."""
         return None
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps over what was collected once."""
+        return 1
+
+    def begin(self, base: Base, adapter: Adapter, examples: Sequence[Any], say: Say = silent) -> None:
+        """Called before the first step with the training rows. Raises `GuardError` where training would go wrong."""
+
+    def collect(self, base: Base, examples: Sequence[Any], entry: Entry, size: int, again: bool) -> list[Any]:
+        """The examples of a step made of its rows: reinforcement learning generates here, `size` rows at a time.
+        `again` asks for those of the step before. Called in training mode, and leaves it."""
+        return list(examples)
+
+    def imagine(self, examples: Sequence[Any]) -> list[Any]:
+        """What `collect` gives at its longest, without a model: for plans and rehearsals."""
+        return list(examples)
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Called after each optimizer step; what is worth watching of it, by name. Raises `GuardError`."""
+        return {}
+
+    def finish(self, base: Base, adapter: Adapter) -> None:
+        """Called after the last step: what only training needs is dropped."""
 
     def weight(self, examples: Sequence[Any]) -> float:
         """The weight that the loss of these examples will have, known before the forward pass."""

@@ -103,7 +103,7 @@ def collate(base: Base, examples: Sequence[Supervised]) -> tuple[dict[str, Tenso
     filler = base.config.pad_token_id
     batch = {
         "input_ids": pad([example.ids for example in examples], filler if filler is not None else 0, base.device),
-        "attention_mask": pad([[1] * len(example) for example in examples], 0, base.device),
+        "attention_mask": pad([[1] * len(example.ids) for example in examples], 0, base.device),
     }
     return batch, pad([_targets(example) for example in examples], -100, base.device)
 

@@ -41,6 +41,7 @@ class Classify(Objective):
     name: ClassVar[str] = "classify"
     unit: ClassVar[Unit] = "labelled"
     max_length: ClassVar[int] = 128
+    speaks: ClassVar[bool] = False
 
     pooling: Pooling | None = None
     """One vector per row from: the base's pooler, its first token, its last, or the mean; as transformers

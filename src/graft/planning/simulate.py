@@ -111,7 +111,8 @@ def simulate(job: Job, quantiles: Sequence[float] = (1.0, 0.5), beside: bool = T
         steps = {}
         for batch in _batches(job, quantiles):
             chosen = [job.rows.train[row] for row in batch]
-            steps[positions(chosen, job.recipe.training.per_device_train_batch_size)] = watched_step(trainer, chosen)
+            size = positions(chosen, job.recipe.training.per_device_train_batch_size)
+            steps[size] = watched_step(trainer, job.recipe.objective.imagine(chosen))
         evaluation, merging = Peak(), None
         if beside:
             with accelerator.autocast():
@@ -237,7 +238,7 @@ def _evaluation(job: Job, base: Base, adapter: Adapter) -> Peak:
     adapter.eval()
     objective = job.recipe.objective
     with watched(base, adapter) as live:
-        if isinstance(objective, Causal):
+        if isinstance(objective, Causal) or objective.longest_answer(chosen):
             row_figures(base, chosen, ADAPTER, size)
         else:
             objective.evaluate(base, chosen, ADAPTER, size)

@@ -133,6 +133,8 @@ class Point:
     validation_loss: float | None = None
     figures: dict[str, float] = field(default_factory=dict)
     """Further figures of an evaluation."""
+    watched: dict[str, float] = field(default_factory=dict)
+    """Figures of the step itself that its objective watches, such as a reward."""
     samples: list[dict[str, Any]] = field(default_factory=list)
     """The first answers of an evaluation that generates: the same prompts each time."""
 
@@ -204,7 +206,7 @@ class Trainer:
     def planned_steps(self, rows: int) -> int:
         """Optimizer steps of a run over so many training rows."""
         per_epoch = math.ceil(rows / self.rows_per_step)
-        steps = max(1, round(per_epoch * self.training.num_train_epochs))
+        steps = max(1, round(per_epoch * self.training.num_train_epochs)) * self.objective.updates
         return min(steps, self.training.max_steps or steps)
 
     def fit(self, train: Sequence[Any], validation: Sequence[Any]) -> Fit:
@@ -238,6 +240,9 @@ class Trainer:
         schedule = make_schedule(optimizer, total, warmup, self.training.lr_scheduler_type)
         guard = MovementGuard(self.base, self.adapter)
         result = Fit()
+        with self.accelerator.autocast():
+            self.objective.begin(self.base, self.adapter, train, self.say)
+        self._training_mode(True)
         if self.start is not None:
             result = self._resumed(self.start, optimizer)
             schedule_at(schedule, result.steps)
@@ -245,6 +250,7 @@ class Trainer:
             self.rehearse(train)
         # torch 2.13 cannot compile a checkpoint that restores the route; over NF4 it was not tried.
         uncompiled = self.training.gradient_checkpointing or self.base.quantization is not None
+        uncompiled = uncompiled or not self.objective.compiles
         compiler = LayerCompiler(self.base, False if uncompiled else self.engine.compile, self.say)
         lengths = [len(example) for example in train]
         compiler.start(round(sum(lengths) / len(lengths) * self.rows_per_step * total))
@@ -277,7 +283,7 @@ class Trainer:
 
     def _step(
         self,
-        chosen: Sequence[Any],
+        rows: list[Any],
         optimizer: Optimizer,
         schedule: LambdaLR,
         compiler: LayerCompiler,
@@ -285,7 +291,8 @@ class Trainer:
         result: Fit,
         total: int,
     ) -> Point:
-        """One optimizer step over `chosen`."""
+        """One optimizer step over `rows`, or what the objective makes of them."""
+        chosen = self._collected(rows, result.steps)
         progress = Progress(result.steps + 1, total)
         self.method.before_step(self.adapter, progress)
         smallest = len(chosen) % self.pass_rows or len(chosen)
@@ -294,7 +301,7 @@ class Trainer:
         guard.saw_gradients()
         rate = float(schedule.get_last_lr()[0])
         optimizer.step()
-        if progress.step == self.method.steps_to_move:
+        if progress.step == self.method.steps_to_move + self.objective.patience:
             began = time.perf_counter()
             guard.check_moved(progress.step)
             guard.check_still(progress.step)
@@ -303,8 +310,9 @@ class Trainer:
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         result.steps += 1
-        result.examples += len(chosen)
-        return Point(result.steps, result.examples, loss, rate, norm, 0.0)
+        result.examples += len(rows)
+        watched = self.objective.after_step(result.steps)
+        return Point(result.steps, result.examples, loss, rate, norm, 0.0, watched=watched)
 
     def _state(self, result: Fit) -> dict[str, Any]:
         """What a checkpoint says of a run, beside tensors."""
@@ -341,7 +349,14 @@ class Trainer:
         epochs = (
             training_batches(lengths, self.rows_per_step, seed=self.seed, epoch=epoch) for epoch in itertools.count()
         )
-        return itertools.islice(itertools.chain.from_iterable(epochs), done, total)
+        each = (batch for epoch in epochs for batch in epoch for _ in range(self.objective.updates))
+        return itertools.islice(each, done, total)
+
+    def _collected(self, chosen: list[Any], step: int) -> list[Any]:
+        """What a step is made over: its rows, or what its objective makes of them."""
+        with self.accelerator.autocast():
+            again = step % self.objective.updates != 0
+            return self.objective.collect(self.base, chosen, self.adapter.name, self.pass_rows, again)
 
     def _training_mode(self, training: bool) -> None:
         self.base.model.train(training)
@@ -358,7 +373,7 @@ class Trainer:
         ]
         heaviest = max(passes, key=lambda rows: len(rows) * max(lengths[row] for row in rows))
         with torch.random.fork_rng():
-            self.bearable([train[row] for row in heaviest])
+            self.bearable(self.objective.imagine([train[row] for row in heaviest]))
         self._drop_gradients()
 
     def bearable(self, chosen: Sequence[Any]) -> tuple[float, float]:
