@@ -37,10 +37,10 @@ ORDER_WITHIN = {
     ],
     "methods": ["folder", "base", "linears", "lowrank", "mixture", "attended", "virtual", "*", "store", "table"],
     "alignment": ["losses", "logprobs", "pairs", "reference", "rewards", "rollouts"],
-    "objectives": ["base", "causal", "*"],
     "diagnosis": [
         *("curve", "rates", "broken", "fit", "outcome", "diagnose", "advice", "runs", "trainer", "comparison", "guard"),
     ],
+    "objectives": ["base", "causal", "online", "*"],
     "planning": ["fake", "live", "step", "catalogue", "machine", "simulate", "smaller", "plan", "preflight"],
     "cli": [
         *("shared", "runs", "export", "look", "hardware", "plan", "recommend", "data", "chat", "serve", "doctor"),

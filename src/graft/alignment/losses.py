@@ -37,9 +37,9 @@ def kto(ratio: Tensor, good: Tensor, kl: Tensor | float, beta: float, weights: t
 
     `ratio` is ρ, `good` bool, `kl` z: how far the policy is from the reference on answers that belong to other prompts.
     """
-    sign = torch.where(good, 1.0, -1.0)
+    away = torch.where(good, ratio - kl, kl - ratio)
     weight = torch.where(good, weights[0], weights[1])
-    return weight * (1 - torch.sigmoid(beta * sign * (ratio - kl)))
+    return weight * (1 - torch.sigmoid(beta * away))
 
 
 def odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:

@@ -1,0 +1,129 @@
+"""Answers that a policy draws, and what is kept of each to learn from it."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from graft.data.dialogue import Dialogue
+from graft.generate import stream
+from graft.model import Base
+from graft.rendering.supervise import Supervised
+from graft.routing import Entry
+from graft.sampling import Sampling
+
+_AT_ONCE = 32
+"""Answers that are drawn at a time, at least."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A dialogue as ids; `prompt` of them stand before the answer that a policy is asked for."""
+
+    row: Supervised
+    dialogue: Dialogue
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """The prompt and the file's own answer."""
+        return self.row.ids
+
+    @property
+    def trained(self) -> Sequence[int]:
+        """1 at the tokens of the file's own answer."""
+        return self.row.trained
+
+    @property
+    def prompt(self) -> int:
+        """Tokens before the answer."""
+        return self.row.prompt
+
+    @property
+    def place(self) -> str:
+        """For errors."""
+        return self.row.place
+
+    def __len__(self) -> int:
+        return len(self.row.ids)
+
+
+@dataclass(slots=True)
+class Rollout:
+    """An answer that was drawn. The tensors have a value for each of its tokens."""
+
+    ids: list[int]
+    prompt: int
+    ended: bool
+    asked: Prompt
+    advantages: Tensor = field(default_factory=lambda: torch.empty(0))
+    old: Tensor | None = None
+    """log π when it was drawn; None where each is learned from only once, at once."""
+    reference: Tensor | None = None
+    """log π_ref; None where the policy is held to none."""
+    values: Tensor = field(default_factory=lambda: torch.empty(0))
+    returns: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def trained(self) -> list[int]:
+        """1 at the tokens that were drawn."""
+        return [0] * self.prompt + [1] * self.drawn
+
+    @property
+    def drawn(self) -> int:
+        """Tokens that were drawn, the one that ends the answer included."""
+        return len(self.ids) - self.prompt
+
+    @property
+    def place(self) -> str:
+        """For errors."""
+        return self.asked.place
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def draw(
+    base: Base,
+    prompts: Sequence[Prompt],
+    entry: Entry,
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    size: int,
+) -> list[Rollout]:
+    """One answer to each prompt; one that stands several times gets as many. torch's random numbers decide.
+
+    The model is in evaluation mode afterwards.
+    """
+    stop = frozenset(stop_ids)
+    sampling = Sampling(temperature=temperature, seed=int(torch.randint(2**31, ())))
+    drawn: dict[int, Rollout] = {}
+    waiting = sorted(range(len(prompts)), key=lambda row: -prompts[row].prompt)
+    for start in range(0, len(waiting), max(size, _AT_ONCE)):
+        rows = waiting[start : start + max(size, _AT_ONCE)]
+        asked = [list(prompts[row].ids[: prompts[row].prompt]) for row in rows]
+        found = [Rollout(list(ids), len(ids), False, prompts[row]) for ids, row in zip(asked, rows, strict=True)]
+        options = {"max_new_tokens": max_new_tokens, "stop_ids": stop, "sampling": sampling, "numbers": rows}
+        for tokens in stream(base, asked, entry, **options):  # type: ignore[arg-type]
+            for place, token in tokens:
+                found[place].ids.append(token)
+                found[place].ended = token in stop
+        drawn |= dict(zip(rows, found, strict=True))
+    return [drawn[row] for row in range(len(prompts))]
+
+
+def longest(prompt: Prompt, max_new_tokens: int, count: int) -> list[Rollout]:
+    """Answers of the most tokens there can be, of no meaning: for plans and rehearsals."""
+    ids = [*prompt.ids[: prompt.prompt], *[1] * max_new_tokens]
+    zeros = torch.zeros(max_new_tokens)
+    return [
+        Rollout(list(ids), prompt.prompt, True, prompt, zeros, zeros - 1, zeros - 1, zeros, zeros) for _ in range(count)
+    ]
+
+
+def joined(values: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
+    """The tokens' values of some rollouts one behind the other, [tokens]; None where they have none."""
+    known = [value for value in values if value is not None]
+    return torch.cat(known).to(device) if known else None

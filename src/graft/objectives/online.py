@@ -1,0 +1,260 @@
+"""What GRPO and PPO share: prompts, answers that the policy draws, rewards, and what is watched."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field, PrivateAttr, field_validator
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from graft.alignment.logprobs import batch_logps
+from graft.alignment.reference import reference, refuse_in_place, start_from, without_dropout
+from graft.alignment.rewards import DEFAULT, Rewards, RewardSources, Said
+from graft.alignment.rollouts import Prompt, Rollout, draw, longest
+from graft.data.dialogue import Dialogue
+from graft.data.load import DataConfig, Splits, Unit, load_splits
+from graft.families import Family
+from graft.generate import answer_all
+from graft.model import Base
+from graft.objectives.base import Objective, Report, Result, Say, silent
+from graft.objectives.causal import collate, row_figures
+from graft.parts.base import Adapter
+from graft.rendering.jinja import find_template
+from graft.rendering.render import Renderer
+from graft.rendering.supervise import supervise
+from graft.routing import Entry
+
+
+class Online(Objective):
+    """A policy that learns from rewards of its own answers.
+
+    Quality is the reward of greedy answers: the mean share of the largest sum where every source is a scorer, else the
+    mean of σ(reward).
+    """
+
+    unit: ClassVar[Unit] = "dialogue"
+    max_length: ClassVar[int] = 1024
+    compiles: ClassVar[bool] = False
+    patience: ClassVar[int] = 10
+    aliases: ClassVar[dict[str, str]] = {"max_completion_length": "max_new_tokens", "reward_funcs": "rewards"}
+
+    rewards: RewardSources = DEFAULT
+    """What answers earn: scorers by name (task, length:20-60, regex:PATTERN, json_valid, …), `{run: runs/reward}`,
+    `{file: mine.py, function: reward}`, each with a `weight`; they are added up."""
+
+    init: str | None = None
+    """A run to start from, such as a supervised one: its adapter is trained on, and is the reference. When left out,
+    a fresh adapter is trained against the plain base."""
+
+    chat_template: str | None = None
+    """The model's own when left out; else one of chatml, llama3, … or a .jinja file."""
+
+    max_new_tokens: int = Field(default=48, ge=1, le=8192)
+    """Longest answer."""
+
+    temperature: float = Field(default=1.0, gt=0, le=10)
+    """Scores are divided by it when answers are drawn."""
+
+    clip: float = Field(default=0.2, gt=0, lt=1)
+    """How far the probability of a token may move from where it was drawn, as a share, before nothing pulls it on."""
+
+    unended_penalty: float = Field(default=0.0, ge=0)
+    """What an answer loses that max_new_tokens cuts off."""
+
+    reward_seconds: float = Field(default=10.0, gt=0)
+    """Time that a function of yours may take for one answer."""
+
+    _renderer: tuple[PreTrainedTokenizerBase, Renderer] | None = PrivateAttr(default=None)
+    _earned: Rewards | None = PrivateAttr(default=None)
+    _rollouts: list[Rollout] = PrivateAttr(default_factory=list)
+    _watched: dict[str, float] = PrivateAttr(default_factory=dict)
+    _sums: dict[str, list[float]] = PrivateAttr(default_factory=dict)
+    _say: Say = PrivateAttr(default=silent)
+
+    @field_validator("chat_template")
+    @classmethod
+    def _known_template(cls, given: str | None) -> str | None:
+        if given is not None:
+            find_template(given, None)
+        return given
+
+    @property
+    def metric(self) -> str:
+        """What earns."""
+        return self.rewards[0].scorer or "reward" if len(self.rewards) == 1 else "reward"
+
+    def refuses(self, family: Family) -> str | None:
+        """Answers continue their prompt."""
+        return None if family.kind == "decoder" else f"{self.name} needs a decoder, this is an {family.kind}"
+
+    def load(self, data: DataConfig) -> Splits:
+        """The rows, and a look at what rewards them: a reward model that may be no better than a coin is refused."""
+        found = Rewards(self.rewards, self.reward_seconds).check()
+        splits = load_splits(data, self.unit)
+        return replace(splits, sha256={**splits.sha256, **found})
+
+    def renderer(self, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+        """The tokenizer with this recipe's chat template."""
+        if self._renderer is None or self._renderer[0] is not tokenizer:
+            self._renderer = (tokenizer, Renderer(tokenizer, self.chat_template))
+        return self._renderer[1]
+
+    def template(self, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+        """The chat template in use."""
+        return None if tokenizer is None else self.renderer(tokenizer).template or None
+
+    def examples(
+        self,
+        rows: Sequence[Dialogue],
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str],
+        max_length: int,
+        say: Say = silent,
+    ) -> list[Prompt]:
+        """Prompts as ids; the file's own answers stay with them for scorers that compare."""
+        kept, told = supervise(self.renderer(tokenizer), rows, max_length, "last")
+        for line in told.lines():
+            say(line)
+        told.check()
+        return [Prompt(row, rows[row.row]) for row in kept]
+
+    def prepare(self, base: Base, adapter: Adapter, labels: tuple[str, ...]) -> None:
+        """The values to start from, and no dropout."""
+        refuse_in_place(adapter, "a reference")
+        if self.init is not None:
+            start_from(self.init, base, adapter)
+        without_dropout(base.model, adapter)
+
+    def begin(self, base: Base, adapter: Adapter, examples: Sequence[Prompt], say: Say = silent) -> None:
+        """Nothing is left of an earlier run."""
+        self._say, self._rollouts, self._watched, self._sums = say, [], {}, {}
+
+    def longest_answer(self, examples: Sequence[Prompt]) -> int:
+        """`max_new_tokens`."""
+        return self.max_new_tokens
+
+    def reference(self, base: Base) -> Entry:
+        """The route that the policy is held to."""
+        return reference(self.init, base)
+
+    def earned(self, base: Base, rollouts: Sequence[Rollout]) -> list[float]:
+        """The reward of each answer, and what is to be watched of them."""
+        assert base.tokenizer is not None
+        said = [
+            Said(one.ids, one.prompt, str(base.tokenizer.decode(one.ids[one.prompt :], skip_special_tokens=True)),
+                 one.asked.dialogue)
+            for one in rollouts
+        ]  # fmt: skip
+        total, means = self._source(base).of(base, said)
+        total = [
+            value - (0.0 if one.ended else self.unended_penalty) for value, one in zip(total, rollouts, strict=True)
+        ]
+        self._watched |= {"reward": sum(total) / len(total)}
+        if len(means) > 1:
+            self._watched |= {f"reward {label}": value for label, value in means.items()}
+        self._watched |= {
+            "length": sum(one.drawn for one in rollouts) / len(rollouts),
+            "ended": sum(one.ended for one in rollouts) / len(rollouts),
+        }
+        return total
+
+    def _source(self, base: Base) -> Rewards:
+        if self._earned is None:
+            self._earned = Rewards(self.rewards, self.reward_seconds)
+        self._earned.template = self.template(base.tokenizer)
+        return self._earned
+
+    def drawn(self, base: Base, prompts: Sequence[Prompt], entry: Entry, size: int) -> list[Rollout]:
+        """An answer to each prompt; the model is left in training mode."""
+        assert base.tokenizer is not None
+        found = draw(
+            base, prompts, entry, temperature=self.temperature, max_new_tokens=self.max_new_tokens,
+            stop_ids=self.renderer(base.tokenizer).stop_ids, size=size,
+        )  # fmt: skip
+        base.model.train()
+        return found
+
+    @torch.no_grad()
+    def known(self, base: Base, rollouts: Sequence[Rollout], entry: Entry, size: int) -> Iterator[Tensor]:
+        """log π of each answer's tokens under a route, [tokens] each."""
+        for start in range(0, len(rollouts), size):
+            part = rollouts[start : start + size]
+            batch, targets = collate(base, part)
+            values = batch_logps(base, batch, targets, entry, self.temperature)
+            yield from values.split([one.drawn for one in part])
+
+    def note(self, name: str, values: Tensor) -> None:
+        """Keep the sum and the number of values for the mean that is watched."""
+        total = self._sums.setdefault(name, [0.0, 0.0])
+        total[0] += float(values.detach().sum())
+        total[1] += values.numel()
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Means over the step of what its answers earned and how the policy moved."""
+        sums, self._sums = self._sums, {}
+        return self._watched | {name: total / max(1.0, count) for name, (total, count) in sums.items()}
+
+    def imagine(self, examples: Sequence[Prompt]) -> list[Any]:
+        """Answers of the most tokens there can be."""
+        return [one for prompt in examples for one in longest(prompt, self.max_new_tokens, self.answers_each)]
+
+    @property
+    def answers_each(self) -> int:
+        """Answers that are drawn to each prompt."""
+        return 1
+
+    def evaluate(
+        self,
+        base: Base,
+        examples: Sequence[Prompt],
+        entry: Entry,
+        batch_size: int,
+        report: Report | None = None,
+        quick: bool = False,
+    ) -> Result:
+        """The rewards of greedy answers, and the loss of the file's own answers beside them."""
+        assert base.tokenizer is not None
+        figures = row_figures(base, examples, entry, batch_size)
+        asked = list(examples)[:64] if quick else list(examples)
+        stop = self.renderer(base.tokenizer).stop_ids
+        answers = answer_all(
+            base,
+            [list(example.ids[: example.prompt]) for example in asked],
+            entry,
+            batch_size=batch_size,
+            max_new_tokens=self.max_new_tokens,
+            stop_ids=stop,
+            progress=None if report is None else lambda share: report("answering", share),
+        )
+        end = self._end(base.tokenizer, stop)
+        texts = [str(base.tokenizer.decode(answer.ids, skip_special_tokens=True)) for answer in answers]
+        said = [
+            Said(
+                [*one.ids[: one.prompt], *answer.ids, *([end] if answer.ended else [])], one.prompt, text, one.dialogue
+            )
+            for one, answer, text in zip(asked, answers, texts, strict=True)
+        ]
+        source = self._source(base)
+        earned, means = source.of(base, said)
+        correct = [source.share(value) for value in earned]
+        further = {
+            "reward": sum(earned) / len(earned),
+            "perplexity": figures.perplexity,
+            "ended": sum(answer.ended for answer in answers) / len(answers),
+            "length": sum(len(answer.ids) for answer in answers) / len(answers),
+        }
+        if len(means) > 1:
+            further |= {f"reward {label}": value for label, value in means.items()}
+        samples = [
+            {"place": one.place, "prompt": one.dialogue.prompt[-1].content, "reference": one.dialogue.answer,
+             "answer": text, "ended": answer.ended, "score": value}
+            for one, text, answer, value in zip(asked, texts, answers, earned, strict=True)
+        ]  # fmt: skip
+        return Result(sum(correct) / len(correct), figures.mean_loss, correct, further, samples)
+
+    def _end(self, tokenizer: PreTrainedTokenizerBase, stop: Any) -> int:
+        """The token that ends an answer where several could: the template's own."""
+        eos = tokenizer.eos_token_id
+        return int(eos if eos in stop or not stop else min(stop))  # type: ignore[arg-type]
