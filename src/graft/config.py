@@ -19,6 +19,10 @@ from graft.errors import RecipeError, nearest
 _notes: ContextVar[list[str] | None] = ContextVar("graft_config_notes", default=None)
 
 
+STAGES = "stages"
+"""The key of a file with several recipes."""
+
+
 class Config(BaseModel):
     """A strict section of a recipe: unknown keys are errors, `aliases` are accepted with a note."""
 
@@ -165,6 +169,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read as text: {error}") from None
     return parse_yaml(text, str(path))
+
+
+def read_stages(path: str | Path) -> bool:
+    """Whether a YAML file has stages, of which each is a recipe. What cannot be read has none: reading it as a recipe
+    says why.
+    """
+    try:
+        return STAGES in read_yaml(path)
+    except RecipeError:
+        return False
 
 
 def parse_yaml(text: str, source: str) -> dict[str, Any]:

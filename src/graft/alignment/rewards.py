@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, WithJsonSchema, model_validator
 
 from graft.alignment.reference import adapter_folder
 from graft.config import Config
@@ -270,7 +270,11 @@ def _read_function(file: str, name: str) -> Call:
     return found
 
 
-RewardSources = list[RewardSource]
+_NAMED: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "object"}]}
+RewardSources = Annotated[
+    list[RewardSource],
+    WithJsonSchema({"anyOf": [{"type": "array", "items": _NAMED, "minItems": 1}, {"type": "string"}]}),
+]
 """What `rewards:` of a recipe is."""
 
 DEFAULT: Any = Field(default_factory=lambda: [RewardSource(scorer="task")], min_length=1)

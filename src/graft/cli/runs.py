@@ -83,6 +83,11 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
 ) -> None:
     """Train one method and write a run folder: adapter, figures, learning curve."""
+    from graft.config import read_stages
+
+    if recipe != "-" and read_stages(recipe):
+        _train_chain(recipe, assignments or [], output or Path("runs") / stem(recipe), as_json, dry_run, quiet)
+        return
     read = given_recipe(recipe, assignments, quiet)
     if dry_run:
         typer.echo(read.to_yaml(), nl=False)
@@ -107,6 +112,26 @@ def train(
         typer.echo(_run_line(report))
         _print_ranks(report["by_rank"])
         typer.echo(f"run: {folder}")
+
+
+def _train_chain(source: str, assignments: list[str], folder: Path, as_json: bool, dry_run: bool, quiet: bool) -> None:
+    """The runs of a recipe with stages, one after the other; finished ones are kept."""
+    from graft.chain import execute_chain, read_chain
+
+    recipes = read_chain(source, folder, assignments)
+    if dry_run:
+        for name, recipe in recipes.items():
+            typer.echo(f"# stage {name}\n{recipe.to_yaml()}", nl=False)
+        return
+    silent = quiet or as_json
+    with run_bar(silent) as bar:
+        reports = execute_chain(recipes, folder, bar, None if silent else lambda line: typer.echo(line, err=True))
+    if as_json:
+        typer.echo(json.dumps(reports, indent=2))
+    elif not quiet:
+        for name, report in reports.items():
+            typer.echo(f"{name}: {_run_line(report)}")
+        typer.echo(f"runs: {folder}")
 
 
 def evaluate(

@@ -73,6 +73,12 @@ class Online(Objective):
     _sums: dict[str, list[float]] = PrivateAttr(default_factory=dict)
     _say: Say = PrivateAttr(default=silent)
 
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _one_reward(cls, given: Any) -> Any:
+        """`rewards: task` without a list."""
+        return [given] if isinstance(given, str | dict) else given
+
     @field_validator("chat_template")
     @classmethod
     def _known_template(cls, given: str | None) -> str | None:
@@ -257,4 +263,4 @@ class Online(Objective):
     def _end(self, tokenizer: PreTrainedTokenizerBase, stop: Any) -> int:
         """The token that ends an answer where several could: the template's own."""
         eos = tokenizer.eos_token_id
-        return int(eos if eos in stop or not stop else min(stop))  # type: ignore[arg-type]
+        return int(eos if eos in stop or not stop else min(stop))
