@@ -71,7 +71,7 @@ class Online(Objective):
     _rollouts: list[Rollout] = PrivateAttr(default_factory=list)
     _watched: dict[str, float] = PrivateAttr(default_factory=dict)
     _sums: dict[str, list[float]] = PrivateAttr(default_factory=dict)
-    _say: Say = PrivateAttr(default=silent)
+    _say: Say = PrivateAttr(default_factory=lambda: silent)  # pydantic takes a bare function for a descriptor
 
     @field_validator("rewards", mode="before")
     @classmethod
