@@ -74,6 +74,9 @@ class Objective(Config):
     """Whether a step runs one way through the layers, so that compiling them pays."""
     patience: ClassVar[int] = 0
     """Steps more than the method needs until every tensor must have moved: where a step may have no signal."""
+    resumes: ClassVar[bool] = True
+    """Whether a step depends on nothing of earlier ones but the adapter and the optimizer, so that a run that was ended
+    can go on; another begins again."""
     speaks: ClassVar[bool] = True
     """Whether what is trained writes text: a classifier or a reward model does not."""
 

@@ -38,6 +38,7 @@ class Online(Objective):
     max_length: ClassVar[int] = 1024
     compiles: ClassVar[bool] = False
     patience: ClassVar[int] = 10
+    resumes: ClassVar[bool] = False
     aliases: ClassVar[dict[str, str]] = {"max_completion_length": "max_new_tokens", "reward_funcs": "rewards"}
 
     rewards: RewardSources = DEFAULT

@@ -254,7 +254,7 @@ class Trainer:
         compiler = LayerCompiler(self.base, False if uncompiled else self.engine.compile, self.say)
         lengths = [len(example) for example in train]
         compiler.start(round(sum(lengths) / len(lengths) * self.rows_per_step * total))
-        keeper = Keeper(self.checkpoints if self.accelerator.is_main_process else None)
+        keeper = Keeper(self.checkpoints if self.objective.resumes and self.accelerator.is_main_process else None)
         clock = time.perf_counter()
         for rows in self._batches(lengths, total, result.steps):
             with whole_steps() as interrupted:
