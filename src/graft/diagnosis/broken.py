@@ -63,9 +63,11 @@ def zero_loss(curve: Curve) -> Finding | None:
     steps, count = curve.steps, 0
     for index, step in enumerate(steps):
         count = count + 1 if step.loss == 0 and (step.norm is None or isfinite(step.norm)) else 0
+        if count < IN_A_ROW:
+            continue
         first = index - count + 1
         before = level_of([one.loss for one in steps[max(0, first - WIDTH) : first]])
-        if count >= IN_A_ROW and not before <= MEMORIZED:
+        if not before <= MEMORIZED:
             start = "from the first step" if isnan(before) else f"{before:.3g} in the steps before"
             return Finding(
                 "loss exactly 0", "serious", "certain",
@@ -182,6 +184,8 @@ def no_descent(curve: Curve) -> Finding | None:
     """A loss that has not fallen since the first step. It stops a run only where the cause is in sight."""
     steps, facts = [step for step in curve.steps if isfinite(step.loss)], curve.facts
     if len(steps) < WIDTH or steps[-1].number - steps[0].number < LEAST_STEPS - 1:
+        return None
+    if steps[-1].number < (facts.total or 0) / 4:  # a long run may fall slowly
         return None
     losses = [step.loss for step in steps]
     third = len(losses) // 3
