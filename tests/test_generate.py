@@ -9,7 +9,7 @@ from bases import GENERATING, make, put
 from graft.errors import ResourceError, RouteError, UsageError
 from graft.generate import Answer, answer_all, generate, stream
 from graft.routing import Route
-from graft.sampling import GREEDY, Chooser, Sampling
+from graft.sampling import GREEDY, Chooser, Draws, Sampling, choose_each
 
 ENTRIES = [None, "prompt", "lora", ("lora", "prompt"), "prefix", None, "long", "prompt", "lora"]
 PROMPTS = [[5 + row, 6, 7, 8, 9, 10, 11][: 7 - row % 5] for row in range(len(ENTRIES))]
@@ -266,6 +266,19 @@ def test_a_wide_nucleus_is_found_in_a_large_vocabulary():
     sharp = scores.clone()
     sharp[:, 17] = 20.0
     assert bool((Chooser(Sampling(temperature=1.0, top_p=0.9), [[0]] * 2000, range(2000)).choose(sharp) == 17).all())
+
+
+def test_a_row_draws_the_same_beside_one_with_a_wider_nucleus():
+    """Scores in bf16 tie, and where a neighbour's nucleus has more than 256 candidates all would be sorted."""
+    torch.manual_seed(1)
+    samplings = [Sampling(0.7, 0.8, seed=4), Sampling(1.5, 0.3), Sampling(1.0, 0.999, seed=9), Sampling(1.0, seed=3)]
+    choosers = [Chooser(sampling, [[0]], [number]) for number, sampling in enumerate(samplings)]
+    draws = [Draws(sampling.seed, number) for number, sampling in enumerate(samplings)]
+    sharpness = torch.tensor([[3.0], [4.0], [0.2], [1.0]])
+    for _ in range(150):
+        scores = (torch.randn(4, 5000) * sharpness).bfloat16().float()
+        alone = [int(chooser.choose(scores[row : row + 1])) for row, chooser in enumerate(choosers)]
+        assert choose_each(scores, samplings, draws).tolist() == alone
 
 
 def test_the_penalty_lowers_tokens_that_a_row_has():
