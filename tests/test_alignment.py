@@ -247,7 +247,7 @@ def test_the_policy_is_the_reference_at_first(place, start, with_start):
     given = {"name": "dpo"} | ({"init": str(start)} if with_start else {})
     base, objective, examples = ready(tiny_pairs.recipe(place, given, method=LORA))
     loss = objective.loss(base, examples, ADAPTER)
-    assert float(loss.total) / loss.weight == pytest.approx(math.log(2), abs=1e-7)
+    assert loss.total.item() / loss.weight == pytest.approx(math.log(2), abs=1e-7)
     assert objective.after_step(1)["margin"] == 0.0
     if with_start:  # and the start is not the plain base
         answers = sides(examples)[:1]
