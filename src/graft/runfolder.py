@@ -59,6 +59,8 @@ class RunFolder:
                 yield False
                 return
             self.clear(keep=_BEGUN)
+            for unfinished in (self.path / "checkpoints").glob(".*"):  # its writer was killed
+                shutil.rmtree(unfinished)
             write_text(self.path / "recipe.yaml", yaml)
             self.status("running", phase="starting", fraction=0.0)
             yield True
