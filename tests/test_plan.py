@@ -24,6 +24,7 @@ from graft.build import build_adapter, fit_out, load_for, prepare
 from graft.cli.commands import main
 from graft.config import override
 from graft.errors import RecipeError
+from graft.methods import store
 from graft.methods.base import methods
 from graft.model import Base
 from graft.objectives.classify import LabelledExample
@@ -32,7 +33,7 @@ from graft.planning import plan as planning
 from graft.planning import simulate as simulating
 from graft.planning.catalogue import _CLASSES, config_of
 from graft.planning.fake import simulated
-from graft.planning.live import Peak
+from graft.planning.live import Live, Peak
 from graft.planning.machine import known
 from graft.planning.simulate import Job, Rows, Simulation, extrapolate, simulate
 from graft.planning.smaller import Change, changes
@@ -231,6 +232,20 @@ def test_starter_models_are_simulated_to_the_byte(recipe, form):
         assert (found.parameters, found.trainable) == (base.parameter_count(), adapter.trainable_count())
         compared += 1
     assert compared == len(chosen)
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "prefix", "dylora"])
+def test_saving_takes_no_more_than_is_planned(tmp_path, method):
+    job = job_of("llama", method)
+    base = bases.make("llama")
+    adapter = build_adapter(job.recipe, job.method, base, ())
+    planned = planning._stages(simulate(job))["saving"] - simulate(job).heaviest.at_rest.total
+    live = Live()
+    live.hold([*base.state().values(), *adapter.tensors().values()], "weights")
+    held = live.peak.total
+    with live:
+        store.save(adapter, base, tmp_path / "adapter")
+    assert planned / 3 < live.peak.total - held <= planned + 24_000  # of the pass whose outputs are kept beside it
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

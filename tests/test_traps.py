@@ -1,5 +1,7 @@
 """Faults of this architecture that give wrong numbers without an error; each test fails when its trap is sprung."""
 
+import json
+
 import bases
 import pytest
 import torch
@@ -435,6 +437,21 @@ def test_saved_tokens_are_not_a_sample_of_dropout(tmp_path):
     saved = load_file(tmp_path / "a" / "adapter_model.safetensors")["prompt_embeddings"]
     with torch.no_grad():
         torch.testing.assert_close(saved, adapter.parts[0].virtual())
+
+
+def test_a_saved_adapter_loads_under_autocast_as_without(tmp_path):
+    """A run under autocast loads its reference, whose outputs on fixed ids were kept without it."""
+    base = make("llama")
+    store.save(put(base, "lora"), base, tmp_path / "a")
+    kept = json.loads((tmp_path / "a" / "graft.json").read_text())["probe"]
+    base = make("llama")
+    adapter = store.load(base, tmp_path / "a")
+    given = batch(padded=None)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        rounded = hidden(base, given, adapter.name).last
+        assert store._probe(base, adapter) == kept
+    with torch.no_grad():
+        assert not torch.equal(hidden(base, given, adapter.name).last, rounded)
 
 
 def test_one_changed_bit_of_a_saved_adapter_is_found(tmp_path):

@@ -276,7 +276,7 @@ def _read_head(
 
 @torch.no_grad()
 def _probe(base: Base, adapter: Adapter) -> list[list[float]]:
-    """Outputs [2, up to 8] on two fixed rows of ids, in evaluation mode."""
+    """Outputs [2, up to 8] on two fixed rows of ids, in evaluation mode and without autocast, which would round."""
     vocabulary = int(base.config.vocab_size)
     taken = adapter.positions + sum(part.positions for part in adapter.virtual_parts())
     length = 8 if base.max_positions is None else max(1, min(8, base.max_positions - taken))
@@ -286,11 +286,12 @@ def _probe(base: Base, adapter: Adapter) -> list[list[float]]:
     base.model.eval()
     adapter.eval()
     try:
-        if adapter_head(adapter) is not None:
-            output = scores(base, batch, adapter.name)
-        else:
-            with base.route(adapter.name):
-                output = base.hidden(batch).last[:, -1]
+        with torch.autocast(base.device.type, enabled=False):
+            if adapter_head(adapter) is not None:
+                output = scores(base, batch, adapter.name)
+            else:
+                with base.route(adapter.name):
+                    output = base.hidden(batch).last[:, -1]
     finally:
         base.model.train(training[0])
         adapter.train(training[1])

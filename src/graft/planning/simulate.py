@@ -92,9 +92,9 @@ class _Alone:
         (loss / 1).backward()
 
 
-def simulate(job: Job, quantiles: Sequence[float] = (1.0, 0.5), beside: bool = True) -> Simulation:
+def simulate(job: Job, quantiles: Sequence[float] = (1.0, 0.5), beside: bool = True, merge: bool = True) -> Simulation:
     """Run the recipe's own code on fake tensors: a step at each of some `quantiles` of its batches by size, an
-    evaluation of the heaviest batch, and merging; without these two where not `beside`.
+    evaluation of the heaviest batch where `beside`, and merging where `merge` as well.
 
     Raises what building the adapter raises. Takes about a millisecond for each operation, whatever the model's size.
     """
@@ -117,7 +117,7 @@ def simulate(job: Job, quantiles: Sequence[float] = (1.0, 0.5), beside: bool = T
         if beside:
             with accelerator.autocast():
                 evaluation = _evaluation(job, base, adapter)
-            merging = _merging(job, base, adapter)
+            merging = _merging(job, base, adapter) if merge else None
         return Simulation(base.parameter_count(), adapter.trainable_count(), steps, evaluation, merging)
 
 
@@ -133,11 +133,14 @@ def _same_draws() -> Iterator[None]:
             numpy.random.set_state(arrays)
 
 
-FEW = (4, 6)
-"""Layers of the two models that a deep one is extrapolated from: in the first ones the peak can be elsewhere."""
+FEW = (3, 5)
+"""Layers of the two models that a deep one is extrapolated from. In two the peak can be elsewhere than in a deep one;
+two more, since layers alternate in some models."""
 
 
-def extrapolate(job: Job, quantiles: Sequence[float] = (1.0, 0.5), beside: bool = True) -> Simulation:
+def extrapolate(
+    job: Job, quantiles: Sequence[float] = (1.0, 0.5), beside: bool = True, merge: bool = True
+) -> Simulation:
     """What `simulate` gives, from models of a few layers: each figure as far beyond them as the layers are more.
 
     Encoder-decoders are cut on both sides. Equal to `simulate` where all layers are alike; a base of no more layers
@@ -145,8 +148,8 @@ def extrapolate(job: Job, quantiles: Sequence[float] = (1.0, 0.5), beside: bool 
     """
     depth = int(job.config.num_hidden_layers)
     if depth <= FEW[1]:
-        return simulate(job, quantiles, beside)
-    low, high = (simulate(replace(job, config=_cut(job.config, layers)), quantiles, beside) for layers in FEW)
+        return simulate(job, quantiles, beside, merge)
+    low, high = (simulate(replace(job, config=_cut(job.config, layers)), quantiles, beside, merge) for layers in FEW)
     more = Fraction(depth - FEW[1], FEW[1] - FEW[0])
 
     def on(few: int, many: int) -> int:
