@@ -187,6 +187,7 @@ class Dpo(Objective):
 
     def collect(self, base: Base, examples: Answers, entry: Entry, size: int, again: bool) -> list[Pair | Judged]:
         """For kto, how far the policy is from the reference over the whole step: on answers to other prompts."""
+        self._seen = []  # a rehearsal of the heaviest pass left some
         if self.variant == "kto":
             self._kl = self._distance(base, examples, entry, size)
         return list(examples)

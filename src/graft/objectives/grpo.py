@@ -71,7 +71,7 @@ class Grpo(Online):
         """Answers with what each is better than its group, and the log-probabilities that the loss needs."""
         if again:
             return self._rollouts
-        self._watched = {}
+        self._watched, self._sums = {}, {}  # a rehearsal of the heaviest pass left some
         prompts = [prompt for prompt in examples for _ in range(self.num_generations)]
         rollouts = self.drawn(base, prompts, entry, size)
         earned = torch.tensor(self.earned(base, rollouts)).view(-1, self.num_generations)

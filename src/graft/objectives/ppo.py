@@ -89,7 +89,7 @@ class Ppo(Online):
         """Answers with their values, advantages and returns."""
         if again:
             return self._rollouts
-        self._watched = {}
+        self._watched, self._sums = {}, {}  # a rehearsal of the heaviest pass left some
         rollouts = self.drawn(base, examples, entry, size)
         earned = self.earned(base, rollouts)
         self._remember(base, rollouts, entry, size)
