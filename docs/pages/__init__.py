@@ -1,0 +1,1 @@
+"""The pages and tables of the documentation that follow from the code and from kept results."""
