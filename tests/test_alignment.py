@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from graft.alignment import losses
 from graft.alignment.pairs import sides
 from graft.alignment.rewards import Rewards, RewardSource, Said
-from graft.alignment.rollouts import Prompt, Rollout
+from graft.alignment.rollouts import Prompt, Rollout, distinct
 from graft.build import ADAPTER, build_adapter, load_for, make_accelerator
 from graft.chain import execute_chain, read_chain
 from graft.data.load import DataConfig, load_splits
@@ -181,6 +182,22 @@ def test_grpo_is_its_formula_on_a_model(place, kind):
         tokens += one.drawn
     assert loss.weight == {"dapo": tokens, "grpo": 6, "dr_grpo": 48}[kind]
     same(base, loss.total, written)
+
+
+@pytest.mark.parametrize("kind", ["dapo", "grpo", "dr_grpo"])
+def test_an_answer_that_was_drawn_often_counts_as_often(place, kind):
+    given = {"name": "grpo", "loss_type": kind, "rewards": "exact_match", "max_new_tokens": 8}
+    base, objective, prompts = ready(tiny_chat.recipe(place, objective=given, method=LORA), 4)
+    shaken(base)
+    one, *others = rollouts(base, objective, prompts)
+    whole = [one, *others, replace(one), replace(others[0]), replace(one)]
+    loss = objective.loss(base, whole, ADAPTER)
+    assert loss.weight == objective.weight(whole)
+    merged = distinct(whole)
+    assert [answer.times for answer in merged] == [3, 2, 1, 1]
+    again = objective.loss(base, merged, ADAPTER)
+    assert again.weight == loss.weight
+    same(base, again.total, loss.total)
 
 
 def test_ppo_is_its_formula_on_a_model(place):

@@ -8,7 +8,7 @@ from pydantic import Field, PrivateAttr
 
 from graft.alignment import losses
 from graft.alignment.logprobs import batch_logps, row_counts
-from graft.alignment.rollouts import Prompt, Rollout, joined
+from graft.alignment.rollouts import Prompt, Rollout, distinct, joined, often
 from graft.errors import GuardError
 from graft.model import Base
 from graft.objectives.base import Loss, Say, silent
@@ -79,6 +79,7 @@ class Grpo(Online):
         advantages = losses.group_advantages(earned, self.scale_rewards).flatten()
         for one, advantage in zip(rollouts, advantages, strict=True):
             one.advantages = advantage.expand(one.drawn)
+        rollouts = distinct(rollouts)
         if self.num_iterations > 1:
             for one, values in zip(rollouts, self.known(base, rollouts, entry, size), strict=True):
                 one.old = values
@@ -114,8 +115,8 @@ class Grpo(Online):
     def weight(self, examples: Sequence[Rollout]) -> float:
         """The number of drawn tokens, or of answers."""
         if self.loss_type == "dapo":
-            return float(sum(one.drawn for one in examples))
-        return float(len(examples) * (self.max_new_tokens if self.loss_type == "dr_grpo" else 1))
+            return float(sum(one.drawn * one.times for one in examples))
+        return float(sum(one.times for one in examples) * (self.max_new_tokens if self.loss_type == "dr_grpo" else 1))
 
     def loss(self, base: Base, examples: Sequence[Rollout], route: Entry | Route) -> Loss:
         """The clipped surrogate and the distance to the reference, summed over tokens."""
@@ -127,13 +128,14 @@ class Grpo(Online):
         assert advantages is not None
         before = logps.detach() if old is None else old
         each = losses.clipped_policy(logps, before, advantages, self.clip, self.clip_high)
+        times = often(examples, base.device)
         reference = joined([one.reference for one in examples], base.device) if self.beta else None
         if reference is not None:
             distance = losses.kl_estimate(logps, reference)
             each = each + self.beta * distance
-            self.note("kl", distance)
-        self.note("entropy", -logps)  # in the mean of drawn tokens -log π is the entropy
+            self.note("kl", distance, times)
+        self.note("entropy", -logps, times)  # in the mean of drawn tokens -log π is the entropy
         if self.loss_type == "grpo":
             counts = row_counts(targets)
             each = each / counts.repeat_interleave(counts)
-        return Loss(each.sum(), self.weight(examples))
+        return Loss((each * times).sum(), self.weight(examples))

@@ -192,11 +192,12 @@ class Online(Objective):
             values = batch_logps(base, batch, targets, entry, self.temperature)
             yield from values.split([one.drawn for one in part])
 
-    def note(self, name: str, values: Tensor) -> None:
-        """Keep the sum and the number of values for the mean that is watched."""
+    def note(self, name: str, values: Tensor, times: Tensor | None = None) -> None:
+        """Keep the sum and the number of values, each counted so many times, for the mean that is watched."""
+        counted = torch.ones_like(values) if times is None else times
         total = self._sums.setdefault(name, [0.0, 0.0])
-        total[0] += float(values.detach().sum())
-        total[1] += values.numel()
+        total[0] += float((values.detach() * counted).sum())
+        total[1] += float(counted.sum())
 
     def after_step(self, step: int) -> dict[str, float]:
         """Means over the step of what its answers earned and how the policy moved."""

@@ -1,0 +1,157 @@
+"""The measured part of docs/alignment.md and its curves: what benchmarks/alignment.py gave."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pages.kept import ROOT, kept, number, signed
+
+Panel = tuple[str, Sequence[tuple[float, float]], float | None]
+"""A title, points (step, value), and a level to draw across."""
+
+WIDTH, HEIGHT, EDGE = 250, 130, 34
+"""Of a panel, in pixels, with the space for its labels."""
+INK, LINE, LEVEL = "#7a7a7a", "#3b7dd8", "#d0762b"
+"""Seen on white and on black."""
+
+
+def drawn(panels: Sequence[Panel]) -> str:
+    """Small curves beside each other, as SVG."""
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH * len(panels)}" height="{HEIGHT}" '
+        f'font-family="sans-serif" font-size="10" fill="{INK}">'
+    ]
+    for number_, panel in enumerate(panels):
+        parts.append(f'<g transform="translate({WIDTH * number_} 0)">{"".join(one_panel(*panel))}</g>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def one_panel(title: str, points: Sequence[tuple[float, float]], level: float | None) -> list[str]:
+    """A title, the ends of both axes, the curve."""
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    low, high = min([*values, *([] if level is None else [level])]), max([*values, *([] if level is None else [level])])
+    low, high = (low, high) if high > low else (low - 1, high + 1)
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        across = (step - steps[0]) / max(1, steps[-1] - steps[0])
+        up = (value - low) / (high - low)
+        return EDGE + across * (WIDTH - EDGE - 12), HEIGHT - 18 - up * (HEIGHT - 40)
+
+    line = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in points)
+    left, bottom = EDGE - 4, HEIGHT - 18
+    said = [
+        f'<text x="{EDGE}" y="12" font-size="11">{title}</text>',
+        f'<text x="{left}" y="{bottom}" text-anchor="end">{low:.3g}</text>',
+        f'<text x="{left}" y="28" text-anchor="end">{high:.3g}</text>',
+        f'<text x="{EDGE}" y="{HEIGHT - 4}">step {steps[0]:g}</text>',
+        f'<text x="{WIDTH - 12}" y="{HEIGHT - 4}" text-anchor="end">{steps[-1]:g}</text>',
+    ]
+    if level is not None:
+        (x, y), (end, _) = place(steps[0], level), place(steps[-1], level)
+        said.append(f'<path d="M{x:.1f},{y:.1f}H{end:.1f}" stroke="{LEVEL}" stroke-dasharray="4 3" fill="none"/>')
+    return [*said, f'<polyline points="{line}" stroke="{LINE}" stroke-width="1.5" fill="none"/>']
+
+
+def curve(run: dict[str, Any], name: str) -> list[tuple[float, float]]:
+    """The steps at which a figure was watched, and its values."""
+    return [(step, value) for step, value in run["curve"][name] if value is not None]
+
+
+def evaluated(run: dict[str, Any]) -> list[tuple[float, float]]:
+    """The quality at each evaluation, in percent."""
+    return [(step, 100 * value) for step, value in run["evaluations"]]
+
+
+def curves() -> dict[str, str]:
+    """The pictures of docs/alignment.md, by file."""
+    run = kept("alignment")
+    reward, dpo, grpo, ppo = (run[name] for name in ("reward", "dpo", "grpo", "ppo"))
+    pictures: dict[str, list[Panel]] = {
+        "reward": [("pair accuracy, validation, %", evaluated(reward), 50.0)],
+        "dpo": [
+            ("margin", curve(dpo, "margin"), 0.0),
+            ("accuracy of the step's pairs", curve(dpo, "accuracy"), None),
+        ],
+        "grpo": [
+            ("reward of drawn answers", curve(grpo, "reward"), None),
+            ("silent groups, share", curve(grpo, "silent"), None),
+            ("KL, nats a token", curve(grpo, "kl"), None),
+        ],
+        "ppo": [
+            ("reward of drawn answers", curve(ppo, "reward"), None),
+            ("KL, nats an answer; target", curve(ppo, "kl"), ppo["kl_target"]),
+            ("price of a nat", curve(ppo, "kl_coef"), None),
+        ],
+    }
+    return {f"docs/images/alignment-{name}.svg": drawn(panels) for name, panels in pictures.items()}
+
+
+def with_interval(found: Sequence[float], scale: float = 100, digits: int = 1) -> str:
+    """A difference and its interval."""
+    if scale == 1:
+        return f"{found[0]:+.2f} ({found[1]:+.2f} to {found[2]:+.2f})".replace("-", "−")
+    return f"{signed(scale * found[0])} ({signed(scale * found[1])} to {signed(scale * found[2])})"
+
+
+def minutes(run: dict[str, Any]) -> str:
+    """Of a whole run."""
+    return number(run["seconds"] / 60, 1)
+
+
+def table() -> str:
+    """What was reached, and what it took."""
+    run = kept("alignment")
+    reward, dpo, grpo, ppo = (run[name] for name in ("reward", "dpo", "grpo", "ppo"))
+    machine = run["environment"]
+    ppo_change = with_interval(ppo["difference"], 1)
+    lines = [
+        "| run | figure on held-out rows | start | end | change | minutes |",
+        "|---|---|---:|---:|---:|---:|",
+        f"| `reward` | pairs ordered right, % | 50.0 | {number(100 * reward['quality'], 1)} ({number(100 * reward['quality_low'], 1)} to "
+        f"{number(100 * reward['quality_high'], 1)}) | | {minutes(reward)} |",
+        f"| `dpo` | pairs ordered right, % | 50.0 | {number(100 * dpo['quality'], 1)} ({number(100 * dpo['quality_low'], 1)} to "
+        f"{number(100 * dpo['quality_high'], 1)}) | | {minutes(dpo)} |",
+        *(
+            f"| `{name}` | exact match of {one['task']['rows']} questions, % | {number(100 * one['task']['start'], 1)} | "
+            f"{number(100 * one['task']['end'], 1)} | {with_interval(one['task']['difference'])} | {minutes(one)} |"
+            for name, one in (("dpo", dpo), ("grpo", grpo))
+        ),
+        f"| `ppo` | learned reward of {ppo['rows']} greedy answers | {number(ppo['start'], 2)} | {number(ppo['end'], 2)} | {ppo_change} | {minutes(ppo)} |",
+        "",
+        f"PPO's answers are {number(ppo['kl'], 1)} nats from the reference in the mean of its last ten steps; the target is {ppo['kl_target']:g}. `dpo` and `grpo`"
+        f" start from {run['warm']['steps']} steps of supervised tuning, `ppo` from one epoch. Differences are paired over the same rows; in brackets 95 % intervals."
+        f" A reward is counted in standard deviations of the reward model's test answers.",
+        "",
+        f"`python -m benchmarks.alignment runs/alignment`: {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, beside other work.",
+    ]
+    for name in ("reward", "dpo", "grpo", "ppo"):
+        lines += ["", f"![curves of {name}](images/alignment-{name}.svg)"]
+    return "\n".join(lines)
+
+
+def samples() -> str:
+    """Answers before and after, for docs/results.md."""
+    run = kept("alignment")
+    lines = ["| run | prompt | start | end |", "|---|---|---|---|"]
+    for name, one in (("grpo", run["grpo"]["task"]), ("dpo", run["dpo"]["task"]), ("ppo", run["ppo"])):
+        for sample in one["samples"]:
+            cells = [_cell(sample[key]) for key in ("prompt", "start", "end")]
+            scores = [f" ({score:+.1f})".replace("-", "−") if name == "ppo" else "" for score in sample["scores"]]
+            lines.append(f"| {name} | {cells[0]} | {cells[1]}{scores[0]} | {cells[2]}{scores[1]} |")
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """The end of a text, in a cell of a table."""
+    line = " ".join(text.split()).replace("|", "\\|")
+    return line if len(line) <= 160 else "…" + line[-159:]
+
+
+def alignment_page() -> str:
+    """docs/alignment.md with its measured part."""
+    text = (ROOT / "docs" / "alignment.md").read_text(encoding="utf-8")
+    start, end = (
+        "<!-- measured: written by `make docs` from docs/results/alignment.json -->",
+        "<!-- end of measured -->",
+    )
+    before, after = text.split(start)[0], text.split(end)[1]
+    return f"{before}{start}\n{table()}\n{end}{after}"
