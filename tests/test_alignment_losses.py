@@ -1,9 +1,6 @@
-"""The losses of alignment against formulas written out by hand, and against trl where it has them."""
+"""The losses of alignment against formulas written out by hand; `test_alignment_trl.py` has trl's beside them."""
 
-import importlib
 import math
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -148,52 +145,3 @@ def test_losses_in_chunks_have_each_their_own_gradient(monkeypatch):
     assert plain.grad is not None
     assert chunked.grad is not None
     assert torch.allclose(chunked.grad, plain.grad, atol=1e-6)
-
-
-# trl ------------------------------------------------------------------------------------------------
-
-
-def trl(module: str, name: str) -> Any:
-    pytest.importorskip("trl")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, RuntimeError) as error:
-        pytest.skip(f"trl without {name}: {error}")
-
-
-def close(mine: Tensor, theirs: Tensor, *inputs: Tensor) -> None:
-    """Values and gradients within 1e-5."""
-    assert mine.shape == theirs.shape
-    assert torch.allclose(mine, theirs.to(mine.dtype), atol=1e-5)
-    for given in inputs:
-        first, second = (torch.autograd.grad(each.sum(), given, retain_graph=True)[0] for each in (mine, theirs))
-        assert torch.allclose(first, second, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_simpo_and_dpo_without_reference_as_in_trl():
-    trainer = trl("trl.experimental.cpo.cpo_trainer", "CPOTrainer")
-    told = SimpleNamespace(
-        accelerator=SimpleNamespace(device="cpu"),
-        loss_type="simpo",
-        alpha=0.0,
-        beta=2.0,
-        simpo_gamma=0.5,
-        label_smoothing=0.0,
-    )
-    close(losses.simpo(*MEANS, beta=2.0, gamma=0.5), trainer.cpo_loss(told, *MEANS)[0], *MEANS)
-    for smoothing in (0.0, 0.2):
-        told = SimpleNamespace(**vars(told) | {"loss_type": "sigmoid", "beta": 0.4, "label_smoothing": smoothing})
-        theirs = trainer.cpo_loss(told, CHOSEN, REJECTED)[0]
-        close(losses.dpo(CHOSEN, REJECTED, 0.4, smoothing), theirs, CHOSEN, REJECTED)
-    told.loss_type = "ipo"
-    close(losses.ipo(CHOSEN, REJECTED, 0.4), trainer.cpo_loss(told, CHOSEN, REJECTED)[0], CHOSEN, REJECTED)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_orpo_as_in_trl():
-    trainer = trl("trl.experimental.orpo.orpo_trainer", "ORPOTrainer")
-    told = SimpleNamespace(accelerator=SimpleNamespace(device="cpu"), beta=1.0)
-    chosen, rejected = (side.detach().float().requires_grad_() for side in MEANS)
-    theirs = trainer.odds_ratio_loss(told, chosen, rejected)[0]  # trl subtracts it
-    close(losses.odds_ratio(chosen, rejected), -theirs, chosen, rejected)
