@@ -1,6 +1,6 @@
 """Answers that a policy draws, and what is kept of each to learn from it."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -140,6 +140,41 @@ def longest(prompt: Prompt, max_new_tokens: int, count: int) -> list[Rollout]:
     return [
         Rollout(list(ids), prompt.prompt, True, prompt, zeros, zeros - 1, zeros - 1, zeros, zeros) for _ in range(count)
     ]
+
+
+_BY_TOKEN = ("advantages", "old", "reference", "values", "returns")
+
+
+def packed(rollouts: Sequence[Rollout], places: Mapping[int, int]) -> dict[str, Tensor]:
+    """Rollouts as tensors, for a checkpoint; `places` has the number of each prompt by its id()."""
+    if not rollouts:
+        return {}
+    found = {
+        "ids": torch.tensor([token for one in rollouts for token in one.ids]),
+        "rows": torch.tensor([[len(one), one.prompt, one.ended, places[id(one.asked)], one.times] for one in rollouts]),
+    }
+    for name in _BY_TOKEN:
+        values = joined([getattr(one, name) for one in rollouts], torch.device("cpu"))
+        if values is not None and len(values):
+            found[name] = values
+    return found
+
+
+def unpacked(kept: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> list[Rollout]:
+    """What `packed` was given; `prompts` are the training rows."""
+    if "rows" not in kept:
+        return []
+    rows = kept["rows"].tolist()
+    ids = kept["ids"].split([length for length, *_ in rows])
+    sizes = [length - prompt for length, prompt, *_ in rows]
+    found = [
+        Rollout(tokens.tolist(), prompt, bool(ended), prompts[asked], times=times)
+        for tokens, (_, prompt, ended, asked, times) in zip(ids, rows, strict=True)
+    ]
+    for name in kept.keys() & set(_BY_TOKEN):
+        for one, values in zip(found, kept[name].split(sizes), strict=True):
+            setattr(one, name, values)
+    return found
 
 
 def joined(values: Sequence[Tensor | None], device: torch.device) -> Tensor | None:

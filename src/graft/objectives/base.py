@@ -1,6 +1,6 @@
 """What an objective is: rows into examples, examples into a loss, examples into a quality."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -74,9 +74,6 @@ class Objective(Config):
     """Whether a step runs one way through the layers, so that compiling them pays."""
     patience: ClassVar[int] = 0
     """Steps more than the method needs until every tensor must have moved: where a step may have no signal."""
-    resumes: ClassVar[bool] = True
-    """Whether a step depends on nothing of earlier ones but the adapter and the optimizer, so that a run that was ended
-    can go on; another begins again."""
     speaks: ClassVar[bool] = True
     """Whether what is trained writes text: a classifier or a reward model does not."""
 
@@ -135,6 +132,13 @@ class Objective(Config):
     def after_step(self, step: int) -> dict[str, float]:
         """Called after each optimizer step; what is worth watching of it, by name. Raises `GuardError`."""
         return {}
+
+    def memory(self) -> dict[str, Tensor]:
+        """What the next step depends on beside adapter, optimizer and random numbers, by name: checkpoints hold it."""
+        return {}
+
+    def recall(self, kept: Mapping[str, Tensor]) -> None:
+        """Put back what `memory` gave, after `begin` with the same training rows: a run goes on behind a checkpoint."""
 
     def finish(self, base: Base, adapter: Adapter) -> None:
         """Called after the last step: what only training needs is dropped."""

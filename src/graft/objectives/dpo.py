@@ -1,7 +1,7 @@
 """Direct preference optimization and its variants: a policy learns from pairs which answer to prefer."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -80,6 +80,7 @@ class Dpo(Objective):
     """The model's own when left out; else one of chatml, llama3, … or a .jinja file."""
 
     _renderer: tuple[PreTrainedTokenizerBase, Renderer] | None = PrivateAttr(default=None)
+    _keys: list[int] = PrivateAttr(default_factory=list)
     _known: dict[int, float] = PrivateAttr(default_factory=dict)
     _kl: float = PrivateAttr(default=0.0)
     _seen: list[tuple[float, float]] = PrivateAttr(default_factory=list)
@@ -171,6 +172,7 @@ class Dpo(Objective):
     def begin(self, base: Base, adapter: Adapter, examples: Answers, say: Say = silent) -> None:
         """The policy has to be the reference exactly: margin 0, and for sigmoid a loss of ln 2."""
         self._known, self._seen, self._moved, self._kl = {}, [], False, 0.0
+        self._keys = [id(answer.answer) for answer in sides(examples)]
         if not self.referenced or not (self.init or _starts_as_base(adapter)):
             return
         first = list(examples[:2])
@@ -185,9 +187,21 @@ class Dpo(Objective):
         say("the policy is the reference: margins are 0" + (f", the loss is ln 2 = {math.log(2):.4f}"
             if self.variant == "sigmoid" and not self.label_smoothing else ""))  # fmt: skip
 
+    def memory(self) -> dict[str, Tensor]:
+        """What the reference says of the answers that were read (nan: not yet), and whether a margin moved."""
+        # In other batches the reference's numbers differ in their last bits.
+        known = torch.tensor([self._known.get(key, math.nan) for key in self._keys], dtype=torch.double)
+        return {"reference": known, "moved": torch.tensor(self._moved)}
+
+    def recall(self, kept: Mapping[str, Tensor]) -> None:
+        """The same, put back."""
+        said = zip(self._keys, kept["reference"].tolist(), strict=True)
+        self._known = {key: value for key, value in said if not math.isnan(value)}
+        self._moved = bool(kept["moved"])
+
     def collect(self, base: Base, examples: Answers, entry: Entry, size: int, again: bool) -> list[Pair | Judged]:
         """For kto, how far the policy is from the reference over the whole step: on answers to other prompts."""
-        self._seen = []  # a rehearsal of the heaviest pass left some
+        self._seen = []  # what a rehearsal left
         if self.variant == "kto":
             self._kl = self._distance(base, examples, entry, size)
         return list(examples)

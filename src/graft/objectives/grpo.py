@@ -1,10 +1,11 @@
 """GRPO: several answers to each prompt, each judged against the others (Shao et al. 2024, arXiv 2402.03300)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PrivateAttr
+from torch import Tensor
 
 from graft.alignment import losses
 from graft.alignment.logprobs import batch_logps, row_counts
@@ -67,13 +68,20 @@ class Grpo(Online):
         super().begin(base, adapter, examples, say)
         self._silent, self._told = [], False
 
-    def collect(self, base: Base, examples: Sequence[Prompt], entry: Entry, size: int, again: bool) -> list[Rollout]:
+    def memory(self) -> dict[str, Tensor]:
+        """The groups without a signal as well."""
+        told = torch.tensor(self._told)
+        return super().memory() | {"silent": torch.tensor(self._silent, dtype=torch.double), "told": told}
+
+    def recall(self, kept: Mapping[str, Tensor]) -> None:
+        """The groups without a signal as well."""
+        super().recall(kept)
+        self._silent, self._told = kept["silent"].tolist(), bool(kept["told"])
+
+    def judged(self, base: Base, prompts: Sequence[Prompt], entry: Entry, size: int) -> list[Rollout]:
         """Answers with what each is better than its group, and the log-probabilities that the loss needs."""
-        if again:
-            return self._rollouts
-        self._watched, self._sums = {}, {}  # a rehearsal of the heaviest pass left some
-        prompts = [prompt for prompt in examples for _ in range(self.num_generations)]
-        rollouts = self.drawn(base, prompts, entry, size)
+        asked = [prompt for prompt in prompts for _ in range(self.num_generations)]
+        rollouts = self.drawn(base, asked, entry, size)
         earned = torch.tensor(self.earned(base, rollouts)).view(-1, self.num_generations)
         self._judge_groups(earned)
         advantages = losses.group_advantages(earned, self.scale_rewards).flatten()
@@ -86,7 +94,6 @@ class Grpo(Online):
         if self.beta:
             for one, values in zip(rollouts, self.known(base, rollouts, self.reference(base), size), strict=True):
                 one.reference = values
-        self._rollouts = rollouts
         return rollouts
 
     def _judge_groups(self, earned: torch.Tensor) -> None:

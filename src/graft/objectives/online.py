@@ -1,6 +1,6 @@
 """What GRPO and PPO share: prompts, answers that the policy draws, rewards, and what is watched."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from graft.alignment.logprobs import batch_logps
 from graft.alignment.reference import reference, refuse_in_place, start_from, without_dropout
 from graft.alignment.rewards import DEFAULT, Rewards, RewardSources, Said
-from graft.alignment.rollouts import Prompt, Rollout, draw, longest
+from graft.alignment.rollouts import Prompt, Rollout, draw, longest, packed, unpacked
 from graft.data.dialogue import Dialogue
 from graft.data.load import DataConfig, Splits, Unit, load_splits
 from graft.families import Family
@@ -38,7 +38,6 @@ class Online(Objective):
     max_length: ClassVar[int] = 1024
     compiles: ClassVar[bool] = False
     patience: ClassVar[int] = 10
-    resumes: ClassVar[bool] = False
     aliases: ClassVar[dict[str, str]] = {"max_completion_length": "max_new_tokens", "reward_funcs": "rewards"}
 
     rewards: RewardSources = DEFAULT
@@ -69,6 +68,7 @@ class Online(Objective):
 
     _renderer: tuple[PreTrainedTokenizerBase, Renderer] | None = PrivateAttr(default=None)
     _earned: Rewards | None = PrivateAttr(default=None)
+    _prompts: Sequence[Prompt] = PrivateAttr(default=())
     _rollouts: list[Rollout] = PrivateAttr(default_factory=list)
     _watched: dict[str, float] = PrivateAttr(default_factory=dict)
     _sums: dict[str, list[float]] = PrivateAttr(default_factory=dict)
@@ -137,6 +137,32 @@ class Online(Objective):
     def begin(self, base: Base, adapter: Adapter, examples: Sequence[Prompt], say: Say = silent) -> None:
         """Nothing is left of an earlier run."""
         self._say, self._rollouts, self._watched, self._sums = say, [], {}, {}
+        self._prompts = examples
+
+    def memory(self) -> dict[str, Tensor]:
+        """What is watched of the answers in hand, and these where they are learned from again."""
+        found = {f"watched.{name}": torch.tensor(value, dtype=torch.double) for name, value in self._watched.items()}
+        if self.updates > 1:
+            places = {id(prompt): number for number, prompt in enumerate(self._prompts)}
+            found |= {f"rollouts.{name}": tensor for name, tensor in packed(self._rollouts, places).items()}
+        return found
+
+    def recall(self, kept: Mapping[str, Tensor]) -> None:
+        """The answers in hand, and what is watched of them."""
+        self._watched = {name: float(value) for name, value in _below("watched.", kept).items()}
+        self._rollouts = unpacked(_below("rollouts.", kept), self._prompts)
+
+    def collect(self, base: Base, examples: Sequence[Prompt], entry: Entry, size: int, again: bool) -> list[Rollout]:
+        """The answers of the drawing before with `again`, else new ones with all that the loss needs of them."""
+        self._sums = {}  # what a rehearsal left
+        if not again:
+            self._watched = {}
+            self._rollouts = self.judged(base, examples, entry, size)
+        return self._rollouts
+
+    def judged(self, base: Base, prompts: Sequence[Prompt], entry: Entry, size: int) -> list[Rollout]:
+        """Answers that the policy draws to prompts, `size` at a time, with what each earned."""
+        raise NotImplementedError
 
     def longest_answer(self, examples: Sequence[Prompt]) -> int:
         """`max_new_tokens`."""
@@ -266,3 +292,7 @@ class Online(Objective):
         """The token that ends an answer where several could: the template's own."""
         eos = tokenizer.eos_token_id
         return int(eos if eos in stop or not stop else min(stop))
+
+
+def _below(prefix: str, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in kept.items() if name.startswith(prefix)}

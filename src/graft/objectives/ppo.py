@@ -1,6 +1,6 @@
 """PPO with a value head on the policy's own states (Schulman et al. 2017; Ziegler et al. 2019, arXiv 1909.08593)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -85,16 +85,22 @@ class Ppo(Online):
         """The value head goes: what is left is a language model."""
         adapter.head = None
 
-    def collect(self, base: Base, examples: Sequence[Prompt], entry: Entry, size: int, again: bool) -> list[Rollout]:
+    def memory(self) -> dict[str, Tensor]:
+        """The price of KL as well."""
+        return super().memory() | {"kl_coef": torch.tensor(self._coef, dtype=torch.double)}
+
+    def recall(self, kept: Mapping[str, Tensor]) -> None:
+        """The price of KL as well."""
+        super().recall(kept)
+        self._coef = float(kept["kl_coef"])
+
+    def judged(self, base: Base, prompts: Sequence[Prompt], entry: Entry, size: int) -> list[Rollout]:
         """Answers with their values, advantages and returns."""
-        if again:
-            return self._rollouts
-        self._watched, self._sums = {}, {}  # a rehearsal of the heaviest pass left some
-        rollouts = self.drawn(base, examples, entry, size)
+        rollouts = self.drawn(base, prompts, entry, size)
         earned = self.earned(base, rollouts)
         self._remember(base, rollouts, entry, size)
         reference = self.known(base, rollouts, self.reference(base), size)
-        distances, ratios = [], []
+        distances = []
         for one, reward, theirs in zip(rollouts, earned, reference, strict=True):
             assert one.old is not None
             ratio = one.old - theirs
@@ -103,13 +109,11 @@ class Ppo(Online):
             one.advantages = losses.generalized_advantages(rewards, one.values, self.gamma, self.lam)
             one.returns = one.advantages + one.values
             distances.append(float(losses.kl_estimate(one.old, theirs).sum()))
-            ratios.append(float(ratio.sum()))
         everything = losses.whitened(torch.cat([one.advantages for one in rollouts]))
         for one, advantages in zip(rollouts, everything.split([one.drawn for one in rollouts]), strict=True):
             one.advantages = advantages
         self._watched |= {"kl": sum(distances) / len(distances), "kl_coef": self._coef}
         self._follow(self._watched["kl"], len(rollouts))
-        self._rollouts = rollouts
         return rollouts
 
     def _follow(self, distance: float, answers: int) -> None:

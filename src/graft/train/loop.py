@@ -33,7 +33,7 @@ from graft.train import checkpoint
 from graft.train.guards import MovementGuard, require_finite
 from graft.train.optim import Kind, Schedule, make_optimizer, make_schedule, schedule_at
 from graft.train.precision import Choice
-from graft.train.resume import Keeper, restore, whole_steps
+from graft.train.resume import Keeper, remembered, restore, whole_steps
 
 _SHOWN = 3
 """Answers that are kept of each evaluation."""
@@ -244,7 +244,7 @@ class Trainer:
             self.objective.begin(self.base, self.adapter, train, self.say)
         self._training_mode(True)
         if self.start is not None:
-            result = self._resumed(self.start, optimizer)
+            result = self._resumed(self.start, optimizer, guard)
             schedule_at(schedule, result.steps)
         if self.training.preflight:
             self.rehearse(train)
@@ -254,7 +254,7 @@ class Trainer:
         compiler = LayerCompiler(self.base, False if uncompiled else self.engine.compile, self.say)
         lengths = [len(example) for example in train]
         compiler.start(round(sum(lengths) / len(lengths) * self.rows_per_step * total))
-        keeper = Keeper(self.checkpoints if self.objective.resumes and self.accelerator.is_main_process else None)
+        keeper = Keeper(self.checkpoints if self.accelerator.is_main_process else None)
         clock = time.perf_counter()
         for rows in self._batches(lengths, total, result.steps):
             with whole_steps() as interrupted:
@@ -265,7 +265,7 @@ class Trainer:
                 evaluates = result.steps % every == 0 or result.steps == total
                 if interrupted() and not evaluates:
                     self._tell(result, point, total)
-                    keeper.keep(self.adapter, optimizer, self._state(result))
+                    keeper.keep(self.adapter, optimizer, self._state(result, guard), self.objective.memory())
             if interrupted():
                 raise KeyboardInterrupt
             if evaluates:
@@ -273,7 +273,7 @@ class Trainer:
                     point = self._evaluate(validation, result, point, total)
             self._tell(result, point, total)
             if (evaluates or keeper.due()) and result.steps < total:
-                keeper.keep(self.adapter, optimizer, self._state(result))
+                keeper.keep(self.adapter, optimizer, self._state(result, guard), self.objective.memory())
             clock = time.perf_counter()
         compiler.stop()
         guard.check_still(result.steps)
@@ -314,7 +314,7 @@ class Trainer:
         watched = self.objective.after_step(result.steps)
         return Point(result.steps, result.examples, loss, rate, norm, 0.0, watched=watched)
 
-    def _state(self, result: Fit) -> dict[str, Any]:
+    def _state(self, result: Fit, guard: MovementGuard) -> dict[str, Any]:
         """What a checkpoint says of a run, beside tensors."""
         best = result.best
         return {
@@ -322,14 +322,17 @@ class Trainer:
             "examples": result.examples,
             "seconds": result.seconds,
             "pass_rows": self.pass_rows,
+            "touched": sorted(guard.touched),
             "best": None if best is None else {"step": result.best_step, "quality": best.quality, "loss": best.loss},
         }
 
-    def _resumed(self, start: Path, optimizer: Optimizer) -> Fit:
-        """Put adapter, optimizer and random numbers back, and give what was done."""
-        state = checkpoint.read(start, self.adapter)
-        restore(optimizer, checkpoint.read_training(start), state["optimizer"])
+    def _resumed(self, start: Path, optimizer: Optimizer, guard: MovementGuard) -> Fit:
+        """Put adapter, optimizer, random numbers and what the objective remembers back, and give what was done."""
+        state, kept = checkpoint.read(start, self.adapter), checkpoint.read_training(start)
+        restore(optimizer, kept, state["optimizer"])
+        self.objective.recall(remembered(kept))
         self.pass_rows = state["pass_rows"]
+        guard.touched.update(state.get("touched", ()))
         best = state["best"]
         return Fit(
             steps=state["step"],

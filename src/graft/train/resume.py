@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ from graft.train import checkpoint
 
 _KEPT = 2
 """Checkpoints that are kept: should the newest be damaged, the one before it is there."""
+_MEMORY = "objective."
 _SHARE, _LEAST = 0.02, 30.0
 """Between evaluations one is written at the earliest after so many seconds, and takes at most this share of the time.
 """
@@ -68,6 +69,11 @@ def restore(optimizer: Optimizer, tensors: dict[str, Tensor], plain: dict[str, A
         torch.cuda.set_rng_state_all(cards)
 
 
+def remembered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The `memory` that a checkpoint was written with."""
+    return {name.removeprefix(_MEMORY): tensor for name, tensor in tensors.items() if name.startswith(_MEMORY)}
+
+
 class Keeper:
     """Writes the checkpoints where a run can go on, and removes the older ones."""
 
@@ -80,12 +86,15 @@ class Keeper:
         """Whether the last one is long enough ago."""
         return self.folder is not None and time.monotonic() - self._last > max(_LEAST, self._took / _SHARE)
 
-    def keep(self, adapter: Adapter, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        """Write the checkpoint behind the step of `state`."""
+    def keep(
+        self, adapter: Adapter, optimizer: Optimizer, state: dict[str, Any], memory: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write the checkpoint behind the step of `state`; `memory` is what the objective has to remember."""
         if self.folder is None:
             return
         began = time.monotonic()
         tensors, plain = captured(optimizer)
+        tensors |= {f"{_MEMORY}{name}": tensor for name, tensor in (memory or {}).items()}
         checkpoint.write(checkpoint.at(self.folder, state["step"]), adapter, state | {"optimizer": plain}, tensors)
         for step in checkpoint.steps(self.folder)[_KEPT:]:
             checkpoint.remove(checkpoint.at(self.folder, step))
