@@ -175,9 +175,10 @@ class Online(Objective):
     def earned(self, base: Base, rollouts: Sequence[Rollout]) -> list[float]:
         """The reward of each answer, and what is to be watched of them."""
         assert base.tokenizer is not None
+        end = self._end(base.tokenizer)
         said = [
-            Said(one.ids, one.prompt, str(base.tokenizer.decode(one.ids[one.prompt :], skip_special_tokens=True)),
-                 one.asked.dialogue)
+            Said(one.ids if one.ended else [*one.ids, end], one.prompt,
+                 str(base.tokenizer.decode(one.ids[one.prompt :], skip_special_tokens=True)), one.asked.dialogue)
             for one in rollouts
         ]  # fmt: skip
         total, means = self._source(base).of(base, said)
@@ -262,12 +263,10 @@ class Online(Objective):
             stop_ids=stop,
             progress=None if report is None else lambda share: report("answering", share),
         )
-        end = self._end(base.tokenizer, stop)
+        end = self._end(base.tokenizer)
         texts = [str(base.tokenizer.decode(answer.ids, skip_special_tokens=True)) for answer in answers]
         said = [
-            Said(
-                [*one.ids[: one.prompt], *answer.ids, *([end] if answer.ended else [])], one.prompt, text, one.dialogue
-            )
+            Said([*one.ids[: one.prompt], *answer.ids, end], one.prompt, text, one.dialogue)
             for one, answer, text in zip(asked, answers, texts, strict=True)
         ]
         source = self._source(base)
@@ -288,8 +287,11 @@ class Online(Objective):
         ]  # fmt: skip
         return Result(sum(correct) / len(correct), figures.mean_loss, correct, further, samples)
 
-    def _end(self, tokenizer: PreTrainedTokenizerBase, stop: Any) -> int:
-        """The token that ends an answer where several could: the template's own."""
+    def _end(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """The token that ends an answer where several could: the template's own. A reward model reads an answer at it,
+        also one that was cut off: in the middle of a word it has not learned to judge.
+        """
+        stop = self.renderer(tokenizer).stop_ids
         eos = tokenizer.eos_token_id
         return int(eos if eos in stop or not stop else min(stop))
 
