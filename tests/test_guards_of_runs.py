@@ -13,7 +13,7 @@ from test_run import RATES, SHORTER
 
 from graft.data.load import read_rows
 from graft.diagnosis.advice import assignments, diff
-from graft.diagnosis.curve import Curve, Facts, Finding
+from graft.diagnosis.curve import Curve, Evaluation, Facts, Finding
 from graft.diagnosis.diagnose import DETECTORS, STOPPING, diagnose
 from graft.diagnosis.guard import LONGEST_TEXT, Row, RunGuard, rows_of, write_rows
 from graft.diagnosis.rates import bearable
@@ -44,10 +44,9 @@ def watch(curve: Curve) -> list[str]:
     evaluations = {one.number: one for one in curve.evaluations}
     for step in curve.steps:
         guard.may_step(step.number, step.loss, step.norm or 0.0, lambda: [Row("rows.jsonl:1", "text")])
-        guard.after_step(step.number, step.loss, step.rate or 0.0, step.norm or 0.0, step.rows or 0)
+        guard.after_step(step)
         if step.number in evaluations:
-            seen = evaluations[step.number]
-            guard.after_evaluation(seen.number, seen.loss or 0.0, seen.quality or 0.0, seen.figures, seen.samples)
+            guard.after_evaluation(evaluations[step.number])
     return said
 
 
@@ -114,8 +113,10 @@ def test_no_beginning_of_a_real_run_stops_it():
 
 @pytest.mark.parametrize("name", sorted(STOPS))
 def test_a_guard_stops_what_cannot_become_good(name):
+    planted = curves.PLANTED[name]()
+    longer = replace(planted, facts=replace(planted.facts, total=2 * planted.last))
     with pytest.raises(GuardError) as caught:
-        watch(curves.PLANTED[name]())
+        watch(longer)
     assert caught.value.exit_code == 4
     message = str(caught.value)
     assert "\n" not in message
@@ -134,9 +135,9 @@ def test_an_evaluation_without_numbers_is_told():
     said: list[str] = []
     guard = RunGuard(curves.FACTS, said.append)
     for step in curves.steps_of(curves.falling(30)):
-        guard.after_step(step.number, step.loss, 0.004, 1.0, 0)
-    guard.after_evaluation(30, math.nan, 0.5, {})
-    guard.after_evaluation(31, math.nan, 0.5, {})
+        guard.after_step(step)
+    guard.after_evaluation(Evaluation(30, math.nan, 0.5))
+    guard.after_evaluation(Evaluation(31, math.nan, 0.5))
     assert len(said) == 1
     assert said[0].startswith("not finite: step 30: the evaluation loss is nan")
 
@@ -146,7 +147,7 @@ def test_divergence_is_seen_soon():
     guard = RunGuard(replace(curves.FACTS, total=600), lambda line: None)
     for step in curves.steps_of(losses):
         try:
-            guard.after_step(step.number, step.loss, 0.004, 1.0, 0)
+            guard.after_step(step)
         except GuardError:
             assert 420 <= step.number <= 440
             return
@@ -185,7 +186,7 @@ def test_an_interrupted_run_keeps_its_guard():
     assert guard.skipped == 2
     with pytest.raises(GuardError):
         guard.may_step(43, math.nan, 1.0, list)
-    guard.after_evaluation(43, 0.5, 0.7, {})
+    guard.after_evaluation(Evaluation(43, 0.5, 0.7))
     assert said == []  # the rate was told before the interruption
 
 
@@ -266,14 +267,16 @@ def test_a_tiny_run_that_goes_wrong(place, tmp_path, name):
         settings["data"] |= {"train": str(tiny.write_rows(tmp_path / "noise.jsonl", noise))}
         settings["training"] |= {"num_train_epochs": 40}
     recipe = tiny.Recipe.parse(settings)
-    execute(recipe, tmp_path / "run")
-    curve = read_run(tmp_path / "run")
-    assert name in names(diagnose(curve))
     if name in STOPS:
         with pytest.raises(GuardError):
-            watch(curve)
+            execute(recipe, tmp_path / "run")
     else:
-        assert any(line.startswith(name) for line in watch(curve))
+        execute(recipe, tmp_path / "run")
+        log = (tmp_path / "run" / "log.txt").read_text("utf-8").splitlines()
+        assert sum(line.startswith(f"{name}: ") for line in log) == 1
+    curve = read_run(tmp_path / "run")
+    assert curve.ended == (name not in STOPS)
+    assert name in names(diagnose(curve))
 
 
 @pytest.mark.parametrize("method", ["lora", *(pytest.param(name, marks=SLOW) for name in RATES if name != "lora")])
@@ -297,7 +300,7 @@ def test_a_healthy_tiny_chat_run_and_one_whose_answers_do_not_end(tmp_path):
     training = {"num_train_epochs": 5, "per_device_train_batch_size": 8, "precision": "fp32"}
     execute(tiny_chat.recipe(place, training=training), tmp_path / "good")
     good = read_run(tmp_path / "good")
-    assert diagnose(good) == []
+    assert names(diagnose(good)) == {"few validation rows"}  # there are twelve
     assert watch(good) == []
     objective = {"name": "instruct", "max_new_tokens": 1}
     execute(tiny_chat.recipe(place, training=training, objective=objective), tmp_path / "bad")

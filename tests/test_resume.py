@@ -68,7 +68,7 @@ def interrupt(given: Any, folder: Path, step: int) -> None:
 def curve(folder: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without the times."""
     points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in point.items() if key != "seconds"} for point in points]
+    return [{key: value for key, value in point.items() if not key.endswith("seconds")} for point in points]
 
 
 # Every method --------------------------------------------------------------------------------------

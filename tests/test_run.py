@@ -117,7 +117,7 @@ def test_run_folder_is_complete(done, name):
     documented = set(re.findall(r"(?<=  )[a-z]+(?:\.[a-z]+|/)(?= )", runfolder.__doc__.replace("runs/NAME/", "")))
     documented = {entry.rstrip("/") for entry in documented}
     assert documented == runfolder.FILES - {".lock"}
-    assert entries == documented - {"answers.jsonl", "skipped.jsonl"}
+    assert entries == documented - {"answers.jsonl", "skipped.jsonl", "bad_batch.jsonl"}
     assert {file.name for file in (folder / "adapter").iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "graft.json",
     }  # fmt: skip
@@ -513,12 +513,21 @@ def spoil(monkeypatch, change: Any) -> None:
 
 @pytest.mark.parametrize(("step", "value"), [(1, math.nan), (3, math.nan), (3, math.inf)])
 def test_loss_that_is_not_finite(place, tmp_path, monkeypatch, step, value):
-    spoil(monkeypatch, lambda base, total, now: total * value if now == step else total)
+    """From a step on: two are left out, the third ends the run."""
+    spoil(monkeypatch, lambda base, total, now: total * value if now >= step else total)
     message = fails(GuardError, 4, tiny.recipe(place), tmp_path / "run")
-    assert re.search(rf"step {step}: the loss is {value}; rows .*train\.jsonl:\d+, .*train\.jsonl:\d+, .* …; ", message)
-    assert "lower the learning rate, or look at these rows" in message
+    last = step + 2
+    assert re.search(
+        rf"step {last}: the loss is {value}, for the third time in a row; rows .*train\.jsonl:\d+, "
+        rf".*train\.jsonl:\d+, .* …; likely causes: 1\. ",
+        message,
+    )
+    assert f"the rows are in {tmp_path / 'run' / 'bad_batch.jsonl'}" in message
+    bad = lines(tmp_path / "run" / "bad_batch.jsonl")
+    assert [row["step"] for row in bad] == [at for at in range(step, last + 1) for _ in range(16)]
+    assert all(re.search(r"train\.jsonl:\d+$", row["place"]) and row["text"].startswith("[CLS]") for row in bad)
     status = load(tmp_path / "run" / "status.json")
-    assert (status["state"], status["cause"]) == ("failed", message.partition("; lower")[0])
+    assert (status["state"], status["cause"]) == ("failed", message.partition("; likely")[0])
     assert not (tmp_path / "run" / "adapter").exists()
     assert not (tmp_path / "run" / "report.json").exists()
     assert list_runs(tmp_path)[0]["state"] == "failed"
@@ -527,11 +536,12 @@ def test_loss_that_is_not_finite(place, tmp_path, monkeypatch, step, value):
 def test_gradient_that_is_not_finite(place, tmp_path, monkeypatch):
     def change(base: Any, total: torch.Tensor, step: int) -> torch.Tensor:
         parameter = next(parameter for parameter in base.model.parameters() if parameter.requires_grad)
-        return total + (torch.sqrt(parameter.sum() * 0) if step == 4 else 0)  # 0, with the gradient 0 / 0
+        return total + (torch.sqrt(parameter.sum() * 0) if step >= 4 else 0)  # 0, with the gradient 0 / 0
 
     spoil(monkeypatch, change)
     message = fails(GuardError, 4, tiny.recipe(place), tmp_path / "run")
-    assert "step 4: the gradient's norm is nan; rows " in message
+    assert "step 6: the gradient's norm is nan, for the third time in a row; rows " in message
+    assert message.endswith("no checkpoint was written before")
 
 
 def test_learning_rate_too_small_to_move(place, tmp_path):
@@ -881,7 +891,8 @@ def test_interrupted_run_starts_again(done, tmp_path):
     assert execute(recipe, folder)["quality"] == done["lora"].report["quality"]
     assert tensors(folder) == tensors(done["lora"].folder)
     assert len(lines(folder / "metrics.jsonl")) == 30
-    assert {entry.name for entry in folder.iterdir()} == runfolder.FILES - {"answers.jsonl", "skipped.jsonl"}
+    unneeded = {"answers.jsonl", "skipped.jsonl", "bad_batch.jsonl"}
+    assert {entry.name for entry in folder.iterdir()} == runfolder.FILES - unneeded
 
 
 def test_failed_run_starts_again(place, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from graft.assess import Assessor, assessor, by_rank, check_probes
 from graft.build import ADAPTER, build_adapter, check_positions, head_parameters, load_for, prepare
 from graft.data.load import Splits, read_rows, rows_of
+from graft.diagnosis.runs import facts_of
 from graft.errors import DamagedError, RecipeError, UsageError
 from graft.files import write_json, write_text
 from graft.measure import PeakMemory, environment
@@ -29,7 +30,7 @@ from graft.planning.preflight import Forecast, forecast
 from graft.planning.simulate import Rows
 from graft.quantize import described, require_bitsandbytes
 from graft.recipe import Recipe
-from graft.runfolder import RunFolder, find_run
+from graft.runfolder import BAD_BATCH, RunFolder, find_run
 from graft.stats import interval
 from graft.train import checkpoint
 from graft.train.loop import Fit, Point, Trainer
@@ -105,8 +106,9 @@ def execute(
     return report
 
 
-def _record_environment(run: _Run, base: Base) -> None:
+def _record_environment(run: _Run, base: Base, train: Sequence[Any], validation: Sequence[Any]) -> None:
     data = {"sha256": run.splits.sha256, "notes": list(run.splits.notes)}
+    data |= {"rows": {"train": len(train), "validation": len(validation)}, "labels": list(run.splits.labels)}
     model = {"name": base.name, "fingerprint": base.fingerprint, "parameters": base.parameter_count()}
     model |= {} if base.quantization is None else {"quantization": base.quantization}
     machine = environment() | {"dtype": run.precision.name, "dtype_reason": run.precision.reason}
@@ -157,7 +159,7 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
     base = load_for(run.recipe, run.precision, run.accelerator.device)
     if start is not None:
         _same_base(run, base)
-    _record_environment(run, base)
+    _record_environment(run, base, train, validation)
     adapter = build_adapter(run.recipe, method, base, run.splits.labels)
     check_positions(base, adapter, run.recipe.max_length)
     for line in preflight(method, base, adapter, train, run.precision):
@@ -171,6 +173,20 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
         for line in evaluation_lines(point, run.recipe.objective.metric):
             tell(line)
 
+    earlier: list[Point] = []
+    if start is not None:
+        done = checkpoint.check(start)["step"]
+        earlier = [Point(**given) for given in run.folder.points(done)]
+        run.folder.points(done, BAD_BATCH)
+    facts = facts_of(
+        run.recipe.resolved(),
+        peak_rate=method.rate(base),
+        parameters=base.parameter_count(),
+        classes=len(run.splits.labels) or None,
+        train_rows=len(train),
+        validation_rows=len(validation),
+        dtype=run.precision.name,
+    )
     memory = PeakMemory(base.device)
     trainer = Trainer(
         base,
@@ -187,9 +203,9 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
         say=tell,
         pass_rows=0 if expected is None else expected.pass_rows,
         start=start,
-        earlier=[]
-        if start is None
-        else [Point(**given) for given in run.folder.points(checkpoint.check(start)["step"])],
+        earlier=earlier,
+        facts=facts,
+        bad_batch=run.folder.path / BAD_BATCH,
     )
     fitted = trainer.fit(train, validation)
     peak, rows_of_pass = memory.bytes(), trainer.pass_rows
@@ -315,8 +331,8 @@ def _curve(fitted: Fit) -> list[dict[str, Any]]:
     curve: list[dict[str, Any]] = []
     losses: list[float] = []
     for point in fitted.points:
-        losses.append(point.train_loss)
-        if point.quality is not None or point.step % width == 0:
+        losses += [point.train_loss] if math.isfinite(point.train_loss) else []  # others changed nothing
+        if losses and (point.quality is not None or point.step % width == 0):
             curve.append(_curve_point(point, sum(losses) / len(losses)))
             losses = []
     return curve
@@ -340,7 +356,7 @@ def _measure_base(run: _Run) -> dict[str, Any]:
     run.watch("loading the base", 0.0)
     base = load_for(run.recipe, run.precision, run.accelerator.device)
     check_positions(base, None, run.recipe.max_length)
-    _record_environment(run, base)
+    _record_environment(run, base, run.splits.train, run.splits.validation)
     figures = measuring.untouched(base)
     expected = ("expected_memory_bytes", "expected_seconds", "pass_rows")
     costs = dict.fromkeys(("peak_memory_bytes", "train_seconds", "examples_per_second", "learning_rate", *expected))

@@ -6,6 +6,7 @@ runs/NAME/  recipe.yaml   every setting        env.json       versions, hardware
             adapter/      what was trained     report.json    the final figures
             correct.json  the score of each test row
             answers.jsonl what was generated for them       skipped.jsonl  rows that could not be read
+            bad_batch.jsonl  rows of the steps that were left out, since their loss or gradient was no number
 """
 
 import fcntl
@@ -22,13 +23,15 @@ from graft.config import read_yaml
 from graft.errors import DamagedError, DataError, GraftError, RecipeError, ResourceError
 from graft.files import write_json, write_text
 
+BAD_BATCH = "bad_batch.jsonl"
+"""Rows of the steps that were left out."""
 FILES = {
     "recipe.yaml", "env.json", "status.json", "metrics.jsonl", "log.txt", "checkpoints", "adapter", "report.json",
-    "correct.json", "answers.jsonl", "skipped.jsonl", ".lock",
+    "correct.json", "answers.jsonl", "skipped.jsonl", BAD_BATCH, ".lock",
 }  # fmt: skip
 
 
-_BEGUN = {"env.json", "metrics.jsonl", "log.txt", "skipped.jsonl", "checkpoints"}
+_BEGUN = {"env.json", "metrics.jsonl", "log.txt", "skipped.jsonl", BAD_BATCH, "checkpoints"}
 """What a run that was ended early goes on with."""
 
 
@@ -149,11 +152,13 @@ class RunFolder:
         cause = "interrupted" if stopped else error.message if isinstance(error, GraftError) else repr(error)
         self.status("stopped" if stopped else "failed", cause=cause)
 
-    def points(self, step: int) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl up to a step; those behind it, and one that was not written to its end, go."""
-        path = self.path / "metrics.jsonl"
+    def points(self, step: int, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+        """The lines of a log up to a step; those behind it, and one that was not written to its end, go."""
+        path = self.path / name
+        if not path.is_file():
+            return []
         kept = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 point = json.loads(line)
                 if point["step"] <= step:

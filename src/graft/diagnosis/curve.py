@@ -29,6 +29,8 @@ class Step:
     """Rows trained on so far."""
     seconds: float | None = None
     """Of training so far."""
+    watched: Mapping[str, float] = field(default_factory=dict)
+    """Figures of the step that its objective watches: reward, kl, entropy, silent, margin, …"""
 
     @property
     def finite(self) -> bool:

@@ -13,7 +13,8 @@ STOPPING: tuple[Detector, ...] = (
 """Those that can stop a run."""
 
 WATCHING: tuple[Detector, ...] = (
-    fit.rate_outside, fit.overfit, fit.long_warmup, broken.exploding, outcome.one_label, outcome.never_ends,
+    fit.rate_outside, fit.overfit, fit.long_warmup, broken.exploding, broken.spike, outcome.one_label,
+    outcome.never_ends,
 )  # fmt: skip
 """Those that a run is warned by while it trains."""
 

@@ -1,7 +1,7 @@
 """The guard of a run: the detectors of `graft doctor`, asked while the run trains."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -18,6 +18,8 @@ LONGEST_TEXT = 2_000
 CHECKS = 50
 """A run of n steps is looked at every n / 50 steps, at 20 at first: work for all of it grows by n log n, and what needs
 stopping is seen with 2 % of the steps to spare."""
+TOLD_NOTES = {"spike"}
+"""Findings that are worth a line while a run trains, though they are notes of a finished one."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class RunGuard:
     """Watches one run. It raises `GuardError` for what cannot become good, and says everything else once.
 
     The loop asks `may_step` before an optimizer step, and tells `after_step` and `after_evaluation`. A run that goes on
-    after an interruption tells `resumed` first, with what it had logged.
+    after an interruption tells `resumed` first, with what it had logged. At the last of `facts.total` steps nothing is
+    left to be stopped: what would have is said, and the run ends with its figures.
     """
 
     facts: Facts
@@ -88,22 +91,16 @@ class RunGuard:
         self.say(f"step {step}: {_what(loss, norm)}, so its {len(given)} rows are left out: {first}")
         return False
 
-    def after_step(self, step: int, loss: float, rate: float, norm: float, rows: int) -> None:
-        """Note a step, also one that was left out; `rows` are those trained on so far. Raises `GuardError`."""
-        self.steps.append(Step(step, loss, rate, norm, rows))
-        if len(self.steps) <= IN_A_ROW * 2 or len(self.steps) % max(20, len(self.steps) // CHECKS) == 0 or loss == 0:
+    def after_step(self, step: Step) -> None:
+        """Note a step, also one that was left out. Raises `GuardError`."""
+        self.steps.append(step)
+        count = len(self.steps)
+        if count <= IN_A_ROW * 2 or count % max(20, count // CHECKS) == 0 or step.loss == 0:
             self._look()
 
-    def after_evaluation(
-        self,
-        step: int,
-        loss: float,
-        quality: float,
-        figures: Mapping[str, float],
-        samples: Sequence[Mapping[str, Any]] = (),
-    ) -> None:
+    def after_evaluation(self, seen: Evaluation) -> None:
         """Note an evaluation. Raises `GuardError`."""
-        self.evaluations.append(Evaluation(step, loss, quality, figures, samples))
+        self.evaluations.append(seen)
         self._look()
 
     def _look(self) -> None:
@@ -111,10 +108,11 @@ class RunGuard:
         if not all(step.finite for step in self.steps):
             # `may_step` tells of steps sooner, and with their rows.
             found = [finding for finding in found if finding.name != "not finite"]
+        over = self.facts.total is not None and self.curve.last >= self.facts.total
         for finding in found:
-            if finding.stops:
+            if finding.stops and not over:
                 raise GuardError(finding.evidence, advice(finding))
-            if finding.level != "note" and finding.name not in self.told:
+            if (finding.level != "note" or finding.name in TOLD_NOTES) and finding.name not in self.told:
                 self.told.add(finding.name)
                 self.say("; ".join(filter(None, (f"{finding.name}: {finding.evidence}", advice(finding)))))
 
@@ -128,13 +126,22 @@ def write_rows(path: Path, step: int, loss: float, norm: float, rows: Sequence[R
 
 
 def rows_of(examples: Sequence[Any], tokenizer: Any) -> list[Row]:
-    """The rows of a batch as text: of labelled examples `input_ids`, of all others `ids`."""
+    """The rows of a batch as text; without a tokenizer, as numbers. Of a pair both answers are written, of an answer
+    that a policy drew what was drawn."""
+    return [Row(one.place, _text(one, tokenizer)) for one in examples]
+
+
+def _text(example: Any, tokenizer: Any) -> str:
+    from graft.alignment.pairs import Pair
     from graft.objectives.classify import LabelledExample
 
-    return [
-        Row(one.place, str(tokenizer.decode(one.input_ids if isinstance(one, LabelledExample) else list(one.ids))))
-        for one in examples
-    ]
+    def read(ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids)) if tokenizer is None else str(tokenizer.decode(list(ids)))
+
+    if isinstance(example, Pair):
+        better, worse = (read(side.ids)[: LONGEST_TEXT // 2] for side in (example.chosen, example.rejected))
+        return f"chosen: {better}\nrejected: {worse}"
+    return read(example.input_ids if isinstance(example, LabelledExample) else example.ids)
 
 
 def _what(loss: float, norm: float) -> str:

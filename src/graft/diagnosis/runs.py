@@ -102,6 +102,7 @@ def _step(point: Mapping[str, Any]) -> Step:
     return Step(
         count(point.get("step")) or 0, float("nan") if loss is None else loss, number(point.get("learning_rate")),
         number(point.get("grad_norm")), count(point.get("examples")), number(point.get("seconds")),
+        numbers(point.get("watched")),
     )  # fmt: skip
 
 

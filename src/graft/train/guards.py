@@ -1,7 +1,5 @@
 """Guards: what stops a run that would train the wrong thing, or nothing."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -10,23 +8,20 @@ from graft.model import Base
 from graft.parts.base import Adapter
 
 
-def require_finite(loss: float, norm: float, step: int, places: list[str]) -> None:
-    """Stop before the optimizer step when the loss or the gradient is not finite."""
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-    raise GuardError(
-        f"step {step}: {what}; rows {', '.join(places[:3])}{' …' if len(places) > 3 else ''}",
-        "lower the learning rate, or look at these rows",
-    )
-
-
 class MovementGuard:
-    """Every trainable tensor must get a gradient and move, and every other tensor of the base must stay."""
+    """Every trainable tensor must get a gradient and move, and every other tensor of the base must stay.
 
-    def __init__(self, base: Base, adapter: Adapter) -> None:
+    Looked at once, after the first `due` steps of a run, which steps that were left out do not count among.
+    """
+
+    def __init__(self, base: Base, adapter: Adapter, due: int = 1) -> None:
         self.base = base
         self.adapter = adapter
+        self.due = due
+        self.begun = 0
+        """Steps that were done before this guard was made: of a run that goes on beyond `due` nothing is asked, since
+        its last learning rates may move nothing."""
+        self.moves = 0
         self.moving = {name: digest(tensor) for name, tensor in adapter.trainable()}
         self.touched: set[str] = set()
         trained = {id(parameter) for _, parameter in adapter.trainable()}
@@ -44,6 +39,13 @@ class MovementGuard:
         for name, parameter in self.adapter.trainable():
             if name not in self.touched and parameter.grad is not None and bool(parameter.grad.any()):
                 self.touched.add(name)
+
+    def after_step(self, step: int) -> None:
+        """Called after each optimizer step. Raises `GuardError`."""
+        self.moves += 1
+        if self.moves == self.due and self.begun < self.due:
+            self.check_moved(step)
+            self.check_still(step)
 
     def check_moved(self, step: int) -> None:
         """Stop when a trainable tensor got no gradient, or did not move, in the steps so far."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -20,21 +20,25 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from graft.config import Config
 from graft.data.batch import training_batches
+from graft.diagnosis.curve import Evaluation, Facts
+from graft.diagnosis.curve import Step as LoggedStep
+from graft.diagnosis.guard import RunGuard, rows_of
 from graft.engine.compiled import LayerCompiler
 from graft.engine.dropout import cheaper_dropout
 from graft.engine.settings import Engine
-from graft.errors import ResourceError
+from graft.errors import GuardError, ResourceError
 from graft.limits import is_memory
 from graft.methods.base import Method, Progress, method_of
 from graft.model import Base
 from graft.objectives.base import Objective, Result, silent
 from graft.parts.base import Adapter
 from graft.train import checkpoint
-from graft.train.guards import MovementGuard, require_finite
+from graft.train.guards import MovementGuard
 from graft.train.optim import Kind, Schedule, make_optimizer, make_schedule, schedule_at
 from graft.train.precision import Choice
 from graft.train.resume import Keeper, remembered, restore, whole_steps
 
+T = TypeVar("T")
 _SHOWN = 3
 """Answers that are kept of each evaluation."""
 
@@ -131,6 +135,8 @@ class Point:
     seconds: float
     quality: float | None = None
     validation_loss: float | None = None
+    evaluation_seconds: float | None = None
+    """What the evaluation took."""
     figures: dict[str, float] = field(default_factory=dict)
     """Further figures of an evaluation."""
     watched: dict[str, float] = field(default_factory=dict)
@@ -187,8 +193,13 @@ class Trainer:
     """A checkpoint of this very run, to go on behind it."""
     earlier: Sequence[Point] = ()
     """The points of the steps up to `start`."""
+    facts: Facts = field(default_factory=Facts)
+    """What the run's guard knows of it."""
+    bad_batch: Path | None = None
+    """Where rows of batches that gave no numbers are written."""
 
     def __post_init__(self) -> None:
+        self.guard = self._guard(None)
         self.pass_rows = self.pass_rows or self.training.per_device_train_batch_size
         self.evaluation_rows = self.training.per_device_eval_batch_size
 
@@ -212,9 +223,10 @@ class Trainer:
     def fit(self, train: Sequence[Any], validation: Sequence[Any]) -> Fit:
         """Train, evaluate now and then, and end with the best step.
 
-        Raises `GuardError` when the loss is not finite, a trainable tensor does not move or a frozen one does.
+        A step whose loss or gradient is not finite changes nothing. Raises `GuardError` at the third in a row, for
+        figures that cannot become good, and when a trainable tensor does not move or a frozen one does.
         """
-        with self.ready() as optimizer:
+        with self._telling_what_is_kept(), self.ready() as optimizer:
             return self._fit(optimizer, train, validation)
 
     @contextmanager
@@ -238,14 +250,17 @@ class Trainer:
         every = self.training.eval_steps or math.ceil(total / 4)
         warmup = int(total * self.training.warmup_ratio)
         schedule = make_schedule(optimizer, total, warmup, self.training.lr_scheduler_type)
-        guard = MovementGuard(self.base, self.adapter)
+        self.guard = self._guard(total)
+        movement = MovementGuard(self.base, self.adapter, self.method.steps_to_move + self.objective.patience)
         result = Fit()
         with self.accelerator.autocast():
             self.objective.begin(self.base, self.adapter, train, self.say)
         self._training_mode(True)
         if self.start is not None:
-            result = self._resumed(self.start, optimizer, guard)
+            result = self._resumed(self.start, optimizer, movement)
             schedule_at(schedule, result.steps)
+            self.guard.resumed(*_logged(self.earlier))
+            movement.begun = result.steps
         if self.training.preflight:
             self.rehearse(train)
         # torch 2.13 cannot compile a checkpoint that restores the route; over NF4 it was not tried.
@@ -258,14 +273,14 @@ class Trainer:
         clock = time.perf_counter()
         for rows in self._batches(lengths, total, result.steps):
             with whole_steps() as interrupted:
-                point = self._step([train[row] for row in rows], optimizer, schedule, compiler, guard, result, total)
+                point = self._step([train[row] for row in rows], optimizer, schedule, compiler, movement, result, total)
                 taken = time.perf_counter() - clock
                 result.seconds += taken
                 point = replace(point, seconds=result.seconds)
                 evaluates = result.steps % every == 0 or result.steps == total
                 if interrupted() and not evaluates:
                     self._tell(result, point, total)
-                    keeper.keep(self.adapter, optimizer, self._state(result, guard), self.objective.memory())
+                    self._keep(keeper, optimizer, result, movement)
             if interrupted():
                 raise KeyboardInterrupt
             if evaluates:
@@ -273,13 +288,19 @@ class Trainer:
                     point = self._evaluate(validation, result, point, total)
             self._tell(result, point, total)
             if (evaluates or keeper.due()) and result.steps < total:
-                keeper.keep(self.adapter, optimizer, self._state(result, guard), self.objective.memory())
+                self._keep(keeper, optimizer, result, movement)
             clock = time.perf_counter()
         compiler.stop()
-        guard.check_still(result.steps)
-        if self.training.load_best_model_at_end and self.checkpoints and result.best_step < result.steps:
+        movement.check_still(result.steps)
+        last = result.best is None or result.best_step == result.steps
+        if self.training.load_best_model_at_end and self.checkpoints and not last:
             checkpoint.read(self.checkpoints / checkpoint.BEST, self.adapter)
+        self._require_sound(result.steps)
         return result
+
+    def _guard(self, total: int | None) -> RunGuard:
+        facts = replace(self.facts, total=total)
+        return RunGuard(facts, self.say, self.bad_batch if self.accelerator.is_main_process else None)
 
     def _step(
         self,
@@ -287,26 +308,27 @@ class Trainer:
         optimizer: Optimizer,
         schedule: LambdaLR,
         compiler: LayerCompiler,
-        guard: MovementGuard,
+        movement: MovementGuard,
         result: Fit,
         total: int,
     ) -> Point:
-        """One optimizer step over `rows`, or what the objective makes of them."""
+        """One optimizer step over `rows`, or what the objective makes of them; none where they give no numbers."""
         chosen = self._collected(rows, result.steps)
         progress = Progress(result.steps + 1, total)
         self.method.before_step(self.adapter, progress)
         smallest = len(chosen) % self.pass_rows or len(chosen)
         loss, norm = compiler.attempt(smallest, partial(self.bearable, chosen), optimizer.zero_grad)
-        require_finite(loss, norm, progress.step, [example.place for example in chosen])
-        guard.saw_gradients()
         rate = float(schedule.get_last_lr()[0])
-        optimizer.step()
-        if progress.step == self.method.steps_to_move + self.objective.patience:
+        if self.guard.may_step(progress.step, loss, norm, lambda: rows_of(chosen, self.base.tokenizer)):
+            movement.saw_gradients()
+            optimizer.step()
             began = time.perf_counter()
-            guard.check_moved(progress.step)
-            guard.check_still(progress.step)
+            movement.after_step(progress.step)
             result.seconds -= time.perf_counter() - began
-        self.method.after_optimizer(self.adapter, progress)
+            self.method.after_optimizer(self.adapter, progress)
+        else:
+            optimizer.zero_grad(set_to_none=True)
+            optimizer.step()  # without gradients it changes nothing, and the schedule knows that it was asked
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         result.steps += 1
@@ -314,7 +336,7 @@ class Trainer:
         watched = self.objective.after_step(result.steps)
         return Point(result.steps, result.examples, loss, rate, norm, 0.0, watched=watched)
 
-    def _state(self, result: Fit, guard: MovementGuard) -> dict[str, Any]:
+    def _state(self, result: Fit, movement: MovementGuard) -> dict[str, Any]:
         """What a checkpoint says of a run, beside tensors."""
         best = result.best
         return {
@@ -322,17 +344,17 @@ class Trainer:
             "examples": result.examples,
             "seconds": result.seconds,
             "pass_rows": self.pass_rows,
-            "touched": sorted(guard.touched),
+            "touched": sorted(movement.touched),
             "best": None if best is None else {"step": result.best_step, "quality": best.quality, "loss": best.loss},
         }
 
-    def _resumed(self, start: Path, optimizer: Optimizer, guard: MovementGuard) -> Fit:
+    def _resumed(self, start: Path, optimizer: Optimizer, movement: MovementGuard) -> Fit:
         """Put adapter, optimizer, random numbers and what the objective remembers back, and give what was done."""
         state, kept = checkpoint.read(start, self.adapter), checkpoint.read_training(start)
         restore(optimizer, kept, state["optimizer"])
         self.objective.recall(remembered(kept))
         self.pass_rows = state["pass_rows"]
-        guard.touched.update(state.get("touched", ()))
+        movement.touched.update(state.get("touched", ()))
         best = state["best"]
         return Fit(
             steps=state["step"],
@@ -357,9 +379,13 @@ class Trainer:
 
     def _collected(self, chosen: list[Any], step: int) -> list[Any]:
         """What a step is made over: its rows, or what its objective makes of them."""
-        with self.accelerator.autocast():
-            again = step % self.objective.updates != 0
-            return self.objective.collect(self.base, chosen, self.adapter.name, self.pass_rows, again)
+
+        def collect() -> list[Any]:
+            with self.accelerator.autocast():
+                again = step % self.objective.updates != 0
+                return self.objective.collect(self.base, chosen, self.adapter.name, self.pass_rows, again)
+
+        return self._within_memory(collect, chosen)
 
     def _training_mode(self, training: bool) -> None:
         self.base.model.train(training)
@@ -384,9 +410,13 @@ class Trainer:
 
         Raises `ResourceError` when a pass of one row does not fit.
         """
+        return self._within_memory(lambda: self.gradients(chosen), chosen)
+
+    def _within_memory(self, work: Callable[[], T], chosen: Sequence[Any]) -> T:
+        """`work()`, from the beginning with `pass_rows` halved where memory runs out in it."""
         while True:
             try:
-                return self.gradients(chosen)
+                return work()
             except (RuntimeError, MemoryError) as error:
                 # A compiler has memory of its own.
                 failed_compiler = isinstance(error, torch._dynamo.exc.TorchDynamoException)
@@ -437,6 +467,7 @@ class Trainer:
         """Evaluate, keep the checkpoint if it is the best so far, and return the point with its figures."""
         if self.progress:
             self.progress("evaluating", result.steps, total)
+        began = time.perf_counter()
         self._training_mode(False)
         with self.accelerator.autocast():
             measured = self.objective.evaluate(
@@ -447,7 +478,7 @@ class Trainer:
             self.evaluation_rows = measured.batch_size
             self.say(f"out of memory in evaluation: passes of {self.evaluation_rows} rows from here on")
         settled = self.method.settled(Progress(result.steps, total))
-        if settled and self._better(measured, result.best):
+        if settled and math.isfinite(measured.loss) and self._better(measured, result.best):
             result.best_step, result.best = result.steps, measured
             if self.checkpoints is not None and self.accelerator.is_main_process:
                 state = {"step": result.steps, "quality": measured.quality, "loss": measured.loss}
@@ -456,6 +487,7 @@ class Trainer:
             point,
             quality=measured.quality,
             validation_loss=measured.loss,
+            evaluation_seconds=time.perf_counter() - began,
             figures=measured.figures,
             samples=measured.samples[:_SHOWN],
         )
@@ -469,8 +501,51 @@ class Trainer:
         return (now.quality, -now.loss) > (best.quality, -best.loss)
 
     def _tell(self, result: Fit, point: Point, total: int) -> None:
+        """Note a point, let those who listen know, and stop where the figures cannot become good."""
         result.points.append(point)
         if self.record:
             self.record(point)
         if self.progress:
             self.progress("training", result.steps, total)
+        steps, evaluations = _logged([point])
+        self.guard.after_step(steps[0])
+        for seen in evaluations:
+            self.guard.after_evaluation(seen)
+
+    def _keep(self, keeper: Keeper, optimizer: Optimizer, result: Fit, movement: MovementGuard) -> None:
+        """Write the checkpoint behind a step, unless its values are no numbers: it would outlive a good one."""
+        if self._sound():
+            keeper.keep(self.adapter, optimizer, self._state(result, movement), self.objective.memory())
+
+    def _sound(self) -> bool:
+        return all(bool(torch.isfinite(tensor).all()) for _, tensor in self.adapter.trainable())
+
+    def _require_sound(self, step: int) -> None:
+        if not self._sound():
+            raise GuardError(f"after step {step} the adapter has values that are no numbers", "lower the learning rate")
+
+    @contextmanager
+    def _telling_what_is_kept(self) -> Iterator[None]:
+        """What a guard stops ends with the place of the last good checkpoint."""
+        try:
+            yield
+        except GuardError as error:
+            kept = "no checkpoint was written before"
+            if self.checkpoints is not None and (self.checkpoints / checkpoint.BEST).is_dir():
+                state = checkpoint.check(self.checkpoints / checkpoint.BEST)
+                kept = f"the best adapter, of step {state['step']}, is in {self.checkpoints / checkpoint.BEST}"
+            raise GuardError(error.message, "; ".join(filter(None, (error.remedy, kept)))) from error.__cause__
+
+
+def _logged(points: Sequence[Point]) -> tuple[list[LoggedStep], list[Evaluation]]:
+    """Points of a learning curve as the guard reads them."""
+    steps = [
+        LoggedStep(one.step, one.train_loss, one.learning_rate, one.grad_norm, one.examples, one.seconds, one.watched)
+        for one in points
+    ]
+    evaluations = [
+        Evaluation(one.step, one.validation_loss, one.quality, one.figures, one.samples, one.evaluation_seconds)
+        for one in points
+        if one.quality is not None
+    ]
+    return steps, evaluations
