@@ -8,7 +8,7 @@ from torch import nn
 from graft.methods.base import methods, read_method
 from graft.parts.attach import attach, detach
 from graft.parts.base import Part
-from graft.parts.stacked import FEW, Stack, Stacks, can_stack
+from graft.parts.stacked import FEW, Stack, Stacks, _group_size, can_stack
 from graft.routing import Route, Tenants
 
 STACKED = ["lora", "dora", "adalora", "ia3", "bottleneck", "parallel", "unified"]
@@ -62,7 +62,7 @@ def test_stacked_rows_equal_rows_alone_and_one_by_one(family, order, calls, monk
     entries = [None, *names, names[0], None]
     if order == "shuffled":
         entries = [entries[index] for index in torch.randperm(len(entries)).tolist()]
-    given = batch(rows=len(entries), length=FEW - 5, padded=None)  # five virtual tokens
+    given = batch(rows=len(entries), length=3, padded=None)
     mixed = agrees(base, entries, given)
     assert len(calls) >= 8
     monkeypatch.setattr(Stacks, "apply", lambda self, route, x, y, where: (y, self.parts))
@@ -151,6 +151,24 @@ def test_another_adapter_under_the_same_name(pair):
     assert changed(base, entries, given, route, before) == [True, False, False, True]
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("taken", ["aaaaaaabc", "abcabcab-", "c-aaaa-aa", "bbbbbbbbb", "---b----c", "aaabbbccc"])
+def test_groups_of_any_sizes(family, taken, calls):
+    """Adapters with many rows and few, beside each other and not, in one pass over prompts too."""
+    base = make(family)
+    for name, method, more in (("a", "lora", {}), ("b", "bottleneck", {}), ("c", "lora", {"r": 3})):
+        put(base, method, name, **more)
+    for length in (1, 20):
+        calls.clear()
+        agrees(base, [None if name == "-" else name for name in taken], batch(rows=9, length=length, padded=None))
+        assert calls
+
+
+@pytest.mark.parametrize(("counts", "size"), [([1] * 8, 1), ([4, 4], 4), ([9], 9), ([30, 1, 1], 4), ([4, 2, 2], 2)])
+def test_the_size_of_groups(counts, size):
+    assert _group_size(counts) == size
+
+
 def test_rows_join_and_leave(pair, calls):
     base, *_, given = pair
     put(base, "lora", "c", r=2)
@@ -198,7 +216,7 @@ def test_training_and_long_rows_are_not_stacked(pair, calls):
     with base.route(Route.of(entries)):
         base.hidden(given).last.sum().backward()
     assert all(tensor.grad is not None for _, tensor in first.trainable())
-    agrees(base, entries, batch(rows=4, length=FEW + 1, padded=None))
+    agrees(base, entries, batch(rows=4, length=FEW // 4 + 1, padded=None))
     first.train()  # dropout may act
     hidden(base, given, Route.of(entries[:1] * 4))
     assert not calls

@@ -182,7 +182,7 @@ class Tenants(dict[str, P]):
         rows: dict[tuple[str, ...], list[int]] = {}
         for index, names in enumerate(route.entries):
             rows.setdefault(tuple(name for name in names if name in self), []).append(index)
-        self.shares = tuple(([self[name] for name in names], _index(found, route)) for names, found in rows.items())
+        self.shares = tuple(([self[name] for name in names], index_of(found, route)) for names, found in rows.items())
         order = [index for found in rows.values() for index in found]
         sorted_already = order == list(range(len(order)))
         device = route.inverse.device
@@ -191,7 +191,8 @@ class Tenants(dict[str, P]):
         return self.shares
 
 
-def _index(rows: list[int], route: Route) -> Rows:
+def index_of(rows: list[int], route: Route) -> Rows:
+    """Some rows of a route, in order, as `Rows`."""
     if len(rows) == len(route.entries):
         return None
     if rows[-1] - rows[0] == len(rows) - 1:
@@ -226,6 +227,8 @@ def by_rows(
     neighbours are cheapest: they are neither gathered nor put back.
     """
     route = router.require()
+    if not parts:  # what all of them do was done as one product
+        return plain(None)
     if route.uniform is not None:
         chain = [parts[name] for name in route.uniform if name in parts]
         return adapted(chain, None) if chain else plain(None)

@@ -1,12 +1,12 @@
 """The parts of several adapters at one place as one product, where rows of a batch go through different ones.
 
-The matrices of all adapters in use stand one below the other: each row is multiplied with all of them, and what is of
-other adapters becomes zero in between. For the few tokens of a decoding step that takes less time than a product for
-each adapter, as calls cost more than arithmetic; ranks may differ, and nothing is gathered or put back. It takes as
-much memory again as the adapters in use.
+Rows of one adapter are laid together in groups of equal size, and one batched product takes every group through the
+matrices of its own adapter: no row meets another's. A product for each adapter costs as many calls, and calls cost more
+than arithmetic where rows have few tokens. Ranks may differ: smaller ones are filled up with zeros. It takes as much
+memory again as the adapters in use.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graft.parts.base import Form, Part, at_dtype_of
-from graft.routing import Named, Route, Tenants
+from graft.routing import Named, Route, Rows, Tenants, index_of
 
-FEW = 8
-"""Tokens of a row up to which parts are stacked. Arithmetic counts for a prompt: there each part has its own rows."""
+FEW = 1024
+"""Tokens of a batch up to which parts are stacked. Beyond it arithmetic counts, and the copies of all rows in fp32 take
+memory."""
+_READING = 1.5
+"""What reading the matrices of one more group costs, in rows of a group (measured at ranks 8 and 32, width 576)."""
 
 
 class Watch:
@@ -58,14 +61,67 @@ class Watch:
 
 
 class Layer(NamedTuple):
-    """Forms of one function: down [R, d], up [d_out, R], bias [R], and whose each of the R columns is [R]."""
+    """Forms of one function, of n adapters: down [n, d, r], up [n, r, d_out], bias [n, 1, r]."""
 
     down: Tensor
     up: Tensor
     bias: Tensor | None
-    owner: Tensor
+    owner: dict[int, int]
+    """Where each adapter, by its number, stands among them."""
     function: nn.Module | None
     sees_output: bool
+
+
+class Seating:
+    """The rows of one route that go through a layer, in groups [g, k], and the matrices of each group."""
+
+    def __init__(self, layer: Layer, numbers: Sequence[int], route: Route) -> None:
+        """`numbers` has the adapter of each row of the route."""
+        places: dict[int, list[int]] = {}
+        for row, number in enumerate(numbers):
+            if number in layer.owner:
+                places.setdefault(layer.owner[number], []).append(row)
+        size = _group_size([len(rows) for rows in places.values()])
+        groups = [(one, rows[at : at + size]) for one, rows in places.items() for at in range(0, len(rows), size)]
+        device = layer.down.device
+        self.function, self.sees_output, self.groups = layer.function, layer.sees_output, len(groups)
+        owners = [one for one, _ in groups]
+        self.down, self.up, self.bias = layer.down, layer.up, layer.bias
+        if owners != list(range(len(layer.down))):
+            chosen = torch.tensor(owners, dtype=torch.long, device=device)
+            self.down, self.up = layer.down[chosen], layer.up[chosen]
+            self.bias = None if layer.bias is None else layer.bias[chosen]
+        seats = [row for _, rows in groups for row in rows + rows[-1:] * (size - len(rows))]
+        own = sorted({*seats})
+        self.rows: Rows = index_of(own, route) if own else slice(0, 0)
+        """The rows of the batch that are seated here."""
+        self.gather = None if seats == list(range(len(numbers))) else torch.tensor(seats, device=device)
+        back = [seats.index(row) for row in own]
+        self.back = None if back == list(range(len(seats))) else torch.tensor(back, device=device)
+
+    def add(self, h: Tensor, result: Tensor) -> Tensor:
+        """result [B, S, d_out] and what the groups make of h [B, S, d], in the layer's number format."""
+        if not self.groups:
+            return result
+        tokens = h.shape[1]
+        h = at_dtype_of(h if self.gather is None else h.index_select(0, self.gather), self.down)
+        h = h.reshape(self.groups, -1, h.shape[-1])
+        low = torch.bmm(h, self.down) if self.bias is None else torch.baddbmm(self.bias, h, self.down)
+        if self.function is not None:
+            low = self.function(low)
+        if self.gather is None:
+            seen = result.to(low.dtype)
+            return torch.baddbmm(seen.reshape(self.groups, -1, seen.shape[-1]), low, self.up).view(seen.shape)
+        change = torch.bmm(low, self.up).view(len(self.gather), tokens, -1)
+        if self.back is not None:
+            change = change.index_select(0, self.back)
+        if self.rows is None:
+            return result + change
+        if isinstance(self.rows, slice):
+            result = result.to(low.dtype, copy=True)
+            result[self.rows] += change
+            return result
+        return result.to(low.dtype).index_add(0, self.rows, change)
 
 
 class Stack:
@@ -80,20 +136,15 @@ class Stack:
         self.layers = [_layer(kind) for kind in kinds.values()]
         self.factor = _table([form.factor for form in forms.values()], 1.0)
         self.shift = _table([form.shift for form in forms.values()], 0.0)
-        self.masks: list[Tensor] = []
+        self.seatings: list[Seating] = []
         self.row_factor: Tensor | None = None
         self.row_shift: Tensor | None = None
-
-    @property
-    def apart(self) -> bool:
-        """Whether no row can reach another: zero times infinity would."""
-        return all(bool(layer.up.sum().isfinite()) for layer in self.layers)
 
     def seat(self, route: Route) -> None:
         """Take the rows of a route; those of other adapters come out as they went in."""
         numbers = [self.names.get(entry[0], len(self.names)) if entry else len(self.names) for entry in route.entries]
         rows = torch.tensor(numbers, device=route.inverse.device)
-        self.masks = [(layer.owner == rows[:, None])[:, None] for layer in self.layers]
+        self.seatings = [Seating(layer, numbers, route) for layer in self.layers]
         self.row_factor = None if self.factor is None else self.factor[rows][:, None]
         self.row_shift = None if self.shift is None else self.shift[rows][:, None]
 
@@ -102,11 +153,8 @@ class Stack:
         result = y if self.row_factor is None else y * self.row_factor
         if self.row_shift is not None:
             result = result + self.row_shift
-        for layer, mine in zip(self.layers, self.masks, strict=True):
-            low = F.linear(at_dtype_of(y if layer.sees_output else x, layer.down), layer.down, layer.bias)
-            if layer.function is not None:
-                low = layer.function(low)
-            result = result + F.linear(torch.where(mine, low, 0.0), layer.up)
+        for seating in self.seatings:
+            result = seating.add(y if seating.sees_output else x, result)
         return result.to(y.dtype)
 
 
@@ -124,11 +172,13 @@ class Stacks:
     def apply(self, route: Route, x: Tensor, y: Tensor, where: Named) -> tuple[Tensor, Tenants[Part]]:
         """y [B, S, d_out] with what the stacked parts do to their rows of it, and the parts that run one by one.
 
-        Only where no gradient is wanted and rows have few tokens: in training every part has its own product.
+        Only where no gradient is wanted and the batch has few tokens: in training every part has its own product.
         """
         if route.uniform is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return y, self.parts
-        if route.stacked or type(x) is not Tensor or x.dim() != 3 or x.shape[1] > FEW or x.shape[0] != y.shape[0]:
+        if route.stacked or type(x) is not Tensor or x.dim() != 3 or x.shape[0] != y.shape[0]:
+            return y, self.parts
+        if x.shape[0] * x.shape[1] > FEW:
             return y, self.parts
         if self.route is not route or self.watch is None or not self.watch.holds():
             route.check(x.shape[0], where)
@@ -141,8 +191,7 @@ class Stacks:
             chosen = [self.parts[name] for name in names]
             self.watch = Watch(self.parts, chosen, self.host)
             forms = dict(_forms(names, chosen)) if self.watch.unwritten else {}
-            stack = Stack(forms) if forms else None
-            self.stack = stack if stack is not None and stack.apart else None
+            self.stack = Stack(forms) if forms else None
         if self.stack is not None:
             self.stack.seat(route)
             self.rest = Tenants()
@@ -181,24 +230,31 @@ def _writer(part: Part, name: str) -> type:
 
 def _layer(forms: list[tuple[int, Form]]) -> Layer:
     first = forms[0][1]
-    down, up, bias, owner = [], [], [], []
-    for number, form in forms:
+    rank = max(len(form.down) for _, form in forms if form.down is not None)
+    down, up, bias = [], [], []
+    for _, form in forms:
         assert form.down is not None
         assert form.up is not None
-        down.append(form.down)
-        up.append(form.up)
-        bias.append(form.down.new_zeros(len(form.down)) if form.bias is None else form.bias)
-        owner += [number] * len(form.down)
+        room = (0, rank - len(form.down))
+        down.append(F.pad(form.down.T, room))
+        up.append(F.pad(form.up, room).T)
+        bias.append(F.pad(form.down.new_zeros(len(form.down)) if form.bias is None else form.bias, room)[None])
     biased = any(form.bias is not None for _, form in forms)
-    device = first.down.device if first.down is not None else None
+    owner = {number: place for place, (number, _) in enumerate(forms)}
     return Layer(
-        torch.cat(down),
-        torch.cat(up, dim=1),
-        torch.cat(bias) if biased else None,
-        torch.tensor(owner, device=device),
-        first.function,
+        torch.stack(down), torch.stack(up), torch.stack(bias) if biased else None, owner, first.function,
         first.sees_output,
-    )
+    )  # fmt: skip
+
+
+def _group_size(counts: Sequence[int]) -> int:
+    """The number of rows in a group that makes groups of so many rows of each adapter cheapest: too large a one is
+    filled with rows that count for nothing, too small a one reads the same matrices several times."""
+
+    def cost(size: int) -> float:
+        return sum(-(-count // size) for count in counts) * (size + _READING)
+
+    return min(sorted({1, 2, 4, 8, 16, 32, *counts}), key=cost)
 
 
 def _table(vectors: list[Tensor | None], neutral: float) -> Tensor | None:
