@@ -6,6 +6,7 @@ import pytest
 import torch
 from bases import GENERATING, make, put
 
+from graft import decoding
 from graft.errors import ResourceError, RouteError, UsageError
 from graft.generate import Answer, answer_all, generate, stream
 from graft.routing import Route
@@ -122,6 +123,28 @@ def test_a_row_ends_at_the_positions_and_the_others_go_on(family, limit, use_cac
         stream(base, [[5] * (positions + 1)], max_positions=limit)
     with pytest.raises(RouteError, match=rf"and 5 virtual ones .* shorten it to {positions - 5} tokens"):
         stream(base, [[5] * (positions - 4)], "prompt", max_positions=limit)
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
+@pytest.mark.parametrize("family", GENERATING)
+def test_a_prompt_that_stands_often_is_read_once(family, use_cache, monkeypatch):
+    base = adapted(family)
+    one, two = [5, 6, 7, 8, 9], [11, 12, 13]
+    prompts, ways = [one, two, one, one, two, one], ["prefix", None, "prefix", None, None, "prefix"]
+    options = {"max_new_tokens": 6, "use_cache": use_cache, "sampling": Sampling(temperature=1.0, seed=3)}
+    read = []
+    original = decoding.Decoder.__init__, decoding.PairDecoder.__init__
+    for kind, plain in zip((decoding.Decoder, decoding.PairDecoder), original, strict=True):
+        monkeypatch.setattr(kind, "__init__", lambda *a, plain=plain: (read.append(len(a[2])), plain(*a))[1])
+    with monkeypatch.context() as apart:
+        apart.setattr("graft.generate._distinct", lambda prompts, route: (range(len(prompts)),) * 2)
+        wanted = generate(base, prompts, Route.of(ways), **options)
+        ended = Counter(token for row in wanted for token in row).most_common(1)[0][0]
+        cut = generate(base, prompts, Route.of(ways), stop_ids=[ended], **options)
+    assert generate(base, prompts, Route.of(ways), **options) == wanted
+    assert generate(base, prompts, Route.of(ways), stop_ids=[ended], **options) == cut != wanted
+    assert read == [6, 6, 3, 3]
+
 
 
 def test_answers_say_what_ended_them_and_come_in_the_order_given():

@@ -204,14 +204,17 @@ def _stream(
         return
     base.model.eval()
     kind = PairDecoder if base.family.kind == "encoder-decoder" else Decoder
-    with torch.no_grad(), base.route(route):
-        decoder = kind(base, prompts, route, use_cache)
+    firsts, reader = _distinct(prompts, route)
+    first = route if len(firsts) == len(prompts) else route.select(firsts)
+    with torch.no_grad(), base.route(first):
+        decoder = kind(base, [prompts[row] for row in firsts], first, use_cache)
     rows = list(range(len(prompts)))  # their numbers, for each place in the decoder's batch
     going = [True] * len(prompts)
     for step in range(max(limits)):
         # Route and mode are those of one step: the caller's own are back whenever it has the tokens.
         with torch.no_grad(), base.route(decoder.route):
-            chosen = chooser.choose(decoder.scores())
+            scores = decoder.scores()
+            chosen = chooser.choose(scores if len(scores) == len(rows) else scores[reader])
         tokens = chosen.tolist()
         yield [(row, token) for row, token, goes in zip(rows, tokens, going, strict=True) if goes]
         going = [
@@ -220,9 +223,25 @@ def _stream(
         ]
         if not any(going):
             return
+        if len(firsts) < len(prompts) and step == 0:
+            decoder.add(chosen[firsts], torch.ones(len(firsts), dtype=torch.bool, device=base.device))
+            places = [place for place, goes in enumerate(going) if goes]
+            decoder.keep([reader[place] for place in places])
+            decoder.ids[:, -1] = chosen[places]
+            chooser.keep(places)
+            rows, going = [rows[place] for place in places], [True] * len(places)
+            continue
         decoder.add(chosen, torch.tensor(going, device=base.device))
         if going.count(False) * _SHARE >= (len(going) if use_cache else 1):
             places = [place for place, goes in enumerate(going) if goes]
             decoder.keep(places)
             chooser.keep(places)
             rows, going = [rows[place] for place in places], [True] * len(places)
+
+
+def _distinct(prompts: Sequence[Sequence[int]], route: Route) -> tuple[list[int], list[int]]:
+    """Rows that differ in prompt or way, and for each row its place among these: eight answers to one prompt read it
+    once."""
+    places: dict[Any, int] = {}
+    reader = [places.setdefault((route.row(row), *prompt), len(places)) for row, prompt in enumerate(prompts)]
+    return [reader.index(place) for place in range(len(places))], reader
