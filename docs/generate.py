@@ -5,7 +5,9 @@ docs/results/NAME.json, without its learning curves. Each page is written by a f
 """
 
 import sys
+from functools import partial
 
+from pages.alignment import PICTURES, alignment_page, picture
 from pages.claims import claims_page
 from pages.comparisons import results_page
 from pages.kept import ROOT, keep
@@ -22,8 +24,10 @@ PAGES = {
     "docs/claims.md": claims_page,
     "docs/serving-speed.md": serving_page,
     "docs/recommend.md": recommend_page,
+    "docs/alignment.md": alignment_page,
     "README.md": readme,
 }
+PAGES |= {name: partial(picture, name) for name in PICTURES}
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["keep"]:

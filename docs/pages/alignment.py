@@ -61,28 +61,23 @@ def evaluated(run: dict[str, Any]) -> list[tuple[float, float]]:
     return [(step, 100 * value) for step, value in run["evaluations"]]
 
 
-def curves() -> dict[str, str]:
-    """The pictures of docs/alignment.md, by file."""
+PICTURES = tuple(f"docs/images/alignment-{name}.svg" for name in ("reward", "dpo", "grpo", "ppo"))
+
+
+def picture(path: str) -> str:
+    """One of the pictures of docs/alignment.md."""
     run = kept("alignment")
-    reward, dpo, grpo, ppo = (run[name] for name in ("reward", "dpo", "grpo", "ppo"))
-    pictures: dict[str, list[Panel]] = {
-        "reward": [("pair accuracy, validation, %", evaluated(reward), 50.0)],
-        "dpo": [
-            ("margin", curve(dpo, "margin"), 0.0),
-            ("accuracy of the step's pairs", curve(dpo, "accuracy"), None),
-        ],
-        "grpo": [
-            ("reward of drawn answers", curve(grpo, "reward"), None),
-            ("silent groups, share", curve(grpo, "silent"), None),
-            ("KL, nats a token", curve(grpo, "kl"), None),
-        ],
-        "ppo": [
-            ("reward of drawn answers", curve(ppo, "reward"), None),
-            ("KL, nats an answer; target", curve(ppo, "kl"), ppo["kl_target"]),
-            ("price of a nat", curve(ppo, "kl_coef"), None),
-        ],
+    name = path.removesuffix(".svg").split("-")[-1]
+    found = run[name]
+    if name == "reward":
+        return drawn([("pair accuracy, validation, %", evaluated(found), 50.0)])
+    watched = {
+        "dpo": {"margin": "margin", "accuracy": "accuracy of the step's pairs"},
+        "grpo": {"reward": "reward of drawn answers", "silent": "silent groups, share", "kl": "KL, nats a token"},
+        "ppo": {"reward": "reward of drawn answers", "kl": "KL, nats an answer; target", "ended": "answers that end"},
     }
-    return {f"docs/images/alignment-{name}.svg": drawn(panels) for name, panels in pictures.items()}
+    level = {("ppo", "kl"): found.get("kl_target"), ("dpo", "margin"): 0.0}
+    return drawn([(title, curve(found, key), level.get((name, key))) for key, title in watched[name].items()])
 
 
 def with_interval(found: Sequence[float], scale: float = 100, digits: int = 1) -> str:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pages.alignment import samples
 from pages.kept import RESULTS, kept
 
 
@@ -106,4 +107,6 @@ def results_page() -> str:
         if "rows" not in comparison or "verdicts" not in comparison:  # in claims.md and benchmarks.md
             continue
         parts += [f"## {path.stem}", described(comparison), results_table(comparison), verdict_lines(comparison)]
+    parts += ["## alignment", "Answers of the policies of [alignment.md](alignment.md) to the first held-out prompts,"
+              " before and after; for PPO with the learned reward.", samples()]  # fmt: skip
     return "\n\n".join(parts) + "\n"
