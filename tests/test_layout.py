@@ -40,7 +40,7 @@ ORDER_WITHIN = {
     "diagnosis": [
         *("curve", "rates", "broken", "fit", "outcome", "diagnose", "advice", "runs", "trainer", "comparison", "guard"),
     ],
-    "objectives": ["base", "causal", "online", "*"],
+    "objectives": ["base", "templated", "causal", "online", "*"],
     "planning": ["fake", "live", "step", "catalogue", "machine", "simulate", "smaller", "plan", "preflight"],
     "cli": [
         *("shared", "runs", "export", "look", "hardware", "plan", "recommend", "data", "chat", "serve", "doctor"),

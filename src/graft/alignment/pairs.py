@@ -1,12 +1,12 @@
 """Preferences as token ids: two answers, each behind its prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from graft.data.dialogue import Dialogue, Graded, Message, Preference
 from graft.errors import DataError
 from graft.rendering.render import Renderer
-from graft.rendering.supervise import Preflight, Supervised, supervise
+from graft.rendering.supervise import Supervised, supervise
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,31 +96,35 @@ class Side:
         return len(self.answer.ids)
 
 
-def pair_examples(
-    rows: Sequence[Preference], renderer: Renderer, max_length: int
-) -> tuple[list[Pair], tuple[Preflight, Preflight]]:
-    """Pairs of at most `max_length` tokens each, and what became of both sides. Pairs that lose a side are left out.
+def read_answers(
+    rows: Sequence[Preference | Graded], renderer: Renderer, max_length: int, say: Callable[[str], None]
+) -> list[Pair | Judged]:
+    """Pairs, then answers that were judged alone, of at most `max_length` tokens each. `say` is told what became of
+    each side; pairs that lose one are left out.
 
-    Raises `DataError` for answers that are the same tokens.
+    Raises `DataError` for answers of a pair that are the same tokens, and where too many rows would train nothing.
     """
-    better = [_dialogue(row.prompt, row.chosen, row) for row in rows]
-    worse = [_dialogue(row.rejected_prompt or row.prompt, row.rejected, row) for row in rows]
-    (first, told), (second, told_too) = (supervise(renderer, part, max_length) for part in (better, worse))
-    chosen, rejected = ({example.row: example for example in part} for part in (first, second))
-    pairs = []
-    for number, row in enumerate(rows):
-        if number in chosen and number in rejected:
-            pair = Pair(chosen[number], rejected[number], row.place, row)
-            if list(pair.chosen.ids) == list(pair.rejected.ids):
-                raise DataError(f"{row.place}: chosen and rejected are the same tokens", "remove the row")
-            pairs.append(pair)
-    return pairs, (told, told_too)
-
-
-def judged_examples(rows: Sequence[Graded], renderer: Renderer, max_length: int) -> tuple[list[Judged], Preflight]:
-    """Single answers of at most `max_length` tokens, and what became of the rows."""
-    kept, told = supervise(renderer, [_dialogue(row.prompt, row.completion, row) for row in rows], max_length)
-    return [Judged(one, rows[one.row].good, one.place, rows[one.row]) for one in kept], told
+    pairs = [row for row in rows if isinstance(row, Preference)]
+    alone = [row for row in rows if isinstance(row, Graded)]
+    given = {
+        "chosen": [_dialogue(row.prompt, row.chosen, row) for row in pairs],
+        "rejected": [_dialogue(row.rejected_prompt or row.prompt, row.rejected, row) for row in pairs],
+        "answers": [_dialogue(row.prompt, row.completion, row) for row in alone],
+    }
+    found: dict[str, dict[int, Supervised]] = {side: {} for side in given}
+    for side, dialogues in given.items():
+        if dialogues:
+            kept, told = supervise(renderer, dialogues, max_length)
+            for line in told.lines():
+                say(f"{side}: {line}")
+            told.check()
+            found[side] = {example.row: example for example in kept}
+    both = sorted(found["chosen"].keys() & found["rejected"].keys())
+    joined = [Pair(found["chosen"][row], found["rejected"][row], pairs[row].place, pairs[row]) for row in both]
+    for pair in joined:
+        if list(pair.chosen.ids) == list(pair.rejected.ids):
+            raise DataError(f"{pair.place}: chosen and rejected are the same tokens", "remove the row")
+    return [*joined, *(Judged(one, alone[row].good, one.place, alone[row]) for row, one in found["answers"].items())]
 
 
 def _dialogue(prompt: Sequence[Message], answer: Sequence[Message], row: Preference | Graded) -> Dialogue:

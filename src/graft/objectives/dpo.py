@@ -6,26 +6,32 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from graft.alignment import losses
 from graft.alignment.logprobs import batch_logps, row_counts, row_sums
-from graft.alignment.pairs import Judged, Pair, Side, judged_examples, pair_examples, sides
-from graft.alignment.reference import is_simulated, reference, refuse_in_place, start_from, without_dropout
+from graft.alignment.pairs import Judged, Pair, Side, read_answers, sides
+from graft.alignment.reference import (
+    is_simulated,
+    reference,
+    refuse_in_place,
+    require_reference,
+    start_from,
+    starts_as_reference,
+    without_dropout,
+)
 from graft.data.batch import evaluation_batches
 from graft.data.dialogue import Graded, Preference
 from graft.data.load import Unit
 from graft.errors import DataError, GuardError
-from graft.families import Family
 from graft.generate import answer_all
 from graft.model import Base
-from graft.objectives.base import Loss, Objective, Report, Result, Say, silent
+from graft.objectives.base import Loss, Report, Result, Say, silent
 from graft.objectives.causal import collate
+from graft.objectives.templated import Templated
 from graft.parts.base import Adapter
-from graft.rendering.jinja import find_template
-from graft.rendering.render import Renderer
 from graft.routing import Entry, Route
 
 Variant = Literal["sigmoid", "ipo", "kto", "orpo", "simpo"]
@@ -40,7 +46,7 @@ _SMALLEST = 1e-6
 Answers = Sequence[Pair | Judged]
 
 
-class Dpo(Objective):
+class Dpo(Templated):
     """Raises the probability of better answers and lowers that of worse ones, against a reference.
 
     Quality is the share of held-out pairs whose better answer gained more probability than the worse one.
@@ -76,10 +82,6 @@ class Dpo(Objective):
     """A run to start from, such as a supervised one: its adapter is trained on, and is the reference. When left out,
     a fresh adapter is trained against the plain base."""
 
-    chat_template: str | None = None
-    """The model's own when left out; else one of chatml, llama3, … or a .jinja file."""
-
-    _renderer: tuple[PreTrainedTokenizerBase, Renderer] | None = PrivateAttr(default=None)
     _keys: list[int] = PrivateAttr(default_factory=list)
     _known: dict[int, float] = PrivateAttr(default_factory=dict)
     _kl: float = PrivateAttr(default=0.0)
@@ -96,13 +98,6 @@ class Dpo(Objective):
             return given | {"beta": 2.0}
         return given
 
-    @field_validator("chat_template")
-    @classmethod
-    def _known_template(cls, given: str | None) -> str | None:
-        if given is not None:
-            find_template(given, None)
-        return given
-
     @property
     def metric(self) -> str:
         """Share of pairs that are right."""
@@ -113,20 +108,6 @@ class Dpo(Objective):
         """Whether the loss looks at a reference."""
         return self.variant not in ("orpo", "simpo")
 
-    def refuses(self, family: Family) -> str | None:
-        """Answers are read as the continuation of their prompt."""
-        return None if family.kind == "decoder" else f"dpo needs a decoder, this is an {family.kind}"
-
-    def renderer(self, tokenizer: PreTrainedTokenizerBase) -> Renderer:
-        """The tokenizer with this recipe's chat template."""
-        if self._renderer is None or self._renderer[0] is not tokenizer:
-            self._renderer = (tokenizer, Renderer(tokenizer, self.chat_template))
-        return self._renderer[1]
-
-    def template(self, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
-        """The chat template in use."""
-        return None if tokenizer is None else self.renderer(tokenizer).template or None
-
     def examples(
         self,
         rows: Sequence[Preference | Graded],
@@ -136,29 +117,14 @@ class Dpo(Objective):
         say: Say = silent,
     ) -> list[Pair | Judged]:
         """Pairs as ids, and single answers for kto. Raises `DataError` for single answers with another variant."""
-        renderer = self.renderer(tokenizer)
-        pairs = [row for row in rows if isinstance(row, Preference)]
-        alone = [row for row in rows if isinstance(row, Graded)]
-        if alone and self.variant != "kto":
-            raise DataError(f"{alone[0].place}: {self.variant} needs a better and a worse answer to each prompt",
+        alone = next((row for row in rows if isinstance(row, Graded)), None)
+        if alone is not None and self.variant != "kto":
+            raise DataError(f"{alone.place}: {self.variant} needs a better and a worse answer to each prompt",
                             "give pairs, or objective.variant=kto, which learns from single answers")  # fmt: skip
-        kept: list[Pair | Judged] = []
-        if pairs:
-            found, told = pair_examples(pairs, renderer, max_length)
-            kept += found
-            for side, report in zip(("chosen", "rejected"), told, strict=True):
-                for line in report.lines():
-                    say(f"{side}: {line}")
-                report.check()
-        if alone:
-            judged, one = judged_examples(alone, renderer, max_length)
-            kept += judged
-            for line in one.lines():
-                say(line)
-            one.check()
-            if len({row.good for row in judged}) < 2:
-                raise DataError(f"all {len(judged):,} answers, first {judged[0].place}, are judged alike",
-                                "kto needs good and bad ones")  # fmt: skip
+        kept = read_answers(rows, self.renderer(tokenizer), max_length, say)
+        if kept and len({answer.good for answer in sides(kept)}) < 2:
+            raise DataError(f"all {len(kept):,} answers, first {kept[0].place}, are judged alike",
+                            "kto needs good and bad ones")  # fmt: skip
         return kept
 
     def prepare(self, base: Base, adapter: Adapter, labels: tuple[str, ...]) -> None:
@@ -173,17 +139,12 @@ class Dpo(Objective):
         """The policy has to be the reference exactly: margin 0, and for sigmoid a loss of ln 2."""
         self._known, self._seen, self._moved, self._kl = {}, [], False, 0.0
         self._keys = [id(answer.answer) for answer in sides(examples)]
-        if not self.referenced or not (self.init or _starts_as_base(adapter)):
+        if not self.referenced or not starts_as_reference(adapter, self.init):
             return
-        first = list(examples[:2])
+        first = sides(list(examples[:2]))
         with torch.no_grad():
-            mine, theirs = (_logps(base, sides(first), way)[0] for way in (adapter.name, reference(self.init, base)))
-        if not torch.equal(mine, theirs):
-            raise GuardError(
-                f"before the first step the policy is not the reference: log-probabilities of {first[0].place} differ "
-                f"by {float((mine - theirs).abs().max()):.3g}",
-                "a base with random parts of its own cannot be aligned; with init, give the base of that run",
-            )
+            mine, theirs = (_logps(base, first, way)[0] for way in (adapter.name, reference(self.init, base)))
+        require_reference(mine, theirs, first[0].place)
         say("the policy is the reference: margins are 0" + (f", the loss is ln 2 = {math.log(2):.4f}"
             if self.variant == "sigmoid" and not self.label_smoothing else ""))  # fmt: skip
 
@@ -228,9 +189,12 @@ class Dpo(Objective):
         answers = sides(examples)
         sums, counts = _logps(base, answers, route)
         pairs = sum(isinstance(example, Pair) for example in examples)
-        each, gaps = self._losses(sums, counts, self._reference(base, answers), answers, pairs)
+        known = self._reference(base, answers)
+        each, gaps = self._losses(sums, counts, known, answers, pairs)
         if gaps is not None:
             self._seen += [(float(gap), float(gap > 0)) for gap in gaps.detach()]
+        elif known is not None:  # single answers alone have no margin, but come away from the reference too
+            self._moved = self._moved or float(self.beta * (sums.detach() - known).abs().max()) > _SMALLEST
         return Loss(each.sum(), self.weight(examples))
 
     def _reference(self, base: Base, answers: Sequence[Side]) -> Tensor | None:
@@ -272,16 +236,16 @@ class Dpo(Objective):
         10: an alignment that does nothing looks like one that has not begun.
         """
         seen, self._seen = self._seen, []
-        told = {"kl": self._kl} if self.variant == "kto" else {}
-        if not seen:
-            return told
-        margin = sum(gap for gap, _ in seen) / len(seen)
         self._moved = self._moved or not self.referenced or any(abs(gap) > _SMALLEST for gap, _ in seen)
         if step >= _BY_STEP and not self._moved:
             raise GuardError(
                 f"after step {step} no margin has moved from 0",
                 "likely causes: a learning rate too small; sites that change nothing; a beta near 0",
             )
+        told = {"kl": self._kl} if self.variant == "kto" else {}
+        if not seen:
+            return told
+        margin = sum(gap for gap, _ in seen) / len(seen)
         return told | {"margin": margin, "accuracy": sum(right for _, right in seen) / len(seen)}
 
     @torch.no_grad()
@@ -351,10 +315,6 @@ class Dpo(Objective):
              "answer": str(read(answer.ids, skip_special_tokens=True)), "ended": answer.ended}
             for example, answer in zip(asked, answers, strict=True)
         ]  # fmt: skip
-
-
-def _starts_as_base(adapter: Adapter) -> bool:
-    return bool(getattr(adapter.method, "starts_as_base", False))
 
 
 def _logps(base: Base, answers: Sequence[Side], entry: Entry) -> tuple[Tensor, Tensor]:

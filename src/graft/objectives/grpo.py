@@ -9,6 +9,7 @@ from torch import Tensor
 
 from graft.alignment import losses
 from graft.alignment.logprobs import batch_logps, row_counts
+from graft.alignment.rewards import Rewards
 from graft.alignment.rollouts import Prompt, Rollout, distinct, joined, often
 from graft.errors import GuardError
 from graft.model import Base
@@ -51,6 +52,7 @@ class Grpo(Online):
     """Share of groups with equal rewards, over ten steps, above which it is said that most answers teach nothing."""
 
     _silent: list[float] = PrivateAttr(default_factory=list)
+    _alike: float = PrivateAttr(default=0.0)
     _told: bool = PrivateAttr(default=False)
 
     @property
@@ -66,17 +68,18 @@ class Grpo(Online):
     def begin(self, base: Base, adapter: Adapter, examples: Sequence[Prompt], say: Say = silent) -> None:
         """Nothing is left of an earlier run."""
         super().begin(base, adapter, examples, say)
-        self._silent, self._told = [], False
+        self._silent, self._alike, self._told = [], 0.0, False
 
     def memory(self) -> dict[str, Tensor]:
         """The groups without a signal as well."""
-        told = torch.tensor(self._told)
-        return super().memory() | {"silent": torch.tensor(self._silent, dtype=torch.double), "told": told}
+        groups = torch.tensor([*self._silent, self._alike], dtype=torch.double)
+        return super().memory() | {"silent": groups, "told": torch.tensor(self._told)}
 
     def recall(self, kept: Mapping[str, Tensor]) -> None:
         """The groups without a signal as well."""
         super().recall(kept)
-        self._silent, self._told = kept["silent"].tolist(), bool(kept["told"])
+        *self._silent, self._alike = kept["silent"].tolist()
+        self._told = bool(kept["told"])
 
     def judged(self, base: Base, prompts: Sequence[Prompt], entry: Entry, size: int) -> list[Rollout]:
         """Answers with what each is better than its group, and the log-probabilities that the loss needs."""
@@ -101,23 +104,41 @@ class Grpo(Online):
         equal = (earned == earned[:, :1]).all(dim=1)
         self._silent.append(float(equal.float().mean()))
         self._watched |= {"reward_std": float(earned.std(dim=1).mean()), "silent": self._silent[-1]}
-        recent = self._silent[-_BY_STEP:]
-        share = sum(recent) / len(recent)
-        if len(recent) < _BY_STEP or share <= self.most_silent:
+        if bool(equal.any()):
+            self._alike = float(earned[equal, 0].mean())
+        if len(self._silent) < _BY_STEP:
             return
-        value = float(earned.flatten()[0])
-        if share == 1 and len(self._silent) == _BY_STEP:
+        if len(self._silent) == _BY_STEP and min(self._silent) == 1:
             raise GuardError(
                 f"in the first {_BY_STEP} steps every group of {self.num_generations} answers had equal rewards, the "
-                f"last {value:g}: there is nothing to learn from",
-                "likely causes: a task that is too hard or too easy for the policy (start from a supervised run with "
-                "objective.init), a reward that never differs, a temperature too low",
+                f"last {self._alike:g}: there is nothing to learn from",
+                f"likely {self._cause()}; start from a supervised run with objective.init, raise the temperature, or "
+                "give a reward that differs between answers",
             )
-        if not self._told:
+        self._tell_silent()
+
+    def _tell_silent(self) -> None:
+        """Say once, with the likely cause, where too many of the last groups taught nothing."""
+        recent = self._silent[-_BY_STEP:]
+        share = sum(recent) / max(1, len(recent))
+        if share > self.most_silent and not self._told:
             self._told = True
-            cause = "the policy is always right" if self.metric and value >= 1 else "it is too hard, or always alike"
-            self._say(f"{share:.0%} of the groups of the last {_BY_STEP} steps had equal rewards and taught nothing: "
-                      f"the last earned {value:g}; likely {cause}")  # fmt: skip
+            self._say(
+                f"{share:.0%} of the groups of the last {len(recent)} steps had equal rewards and taught nothing: "
+                f"the last earned {self._alike:g}; likely {self._cause()}"
+            )
+
+    def _cause(self) -> str:
+        """Why the answers to a prompt all earn the same, by what they earn."""
+        earned = Rewards(self.rewards, self.reward_seconds)
+        share = earned.share(self._alike) if earned.bounded else 0.5
+        if share > 0.99:
+            return "the policy is always right"
+        return "the task is too hard for the policy" if share < 0.01 else "the reward hardly differs between answers"
+
+    def finish(self, base: Base, adapter: Adapter) -> None:
+        """A run of fewer steps than are judged otherwise is judged at its end."""
+        self._tell_silent()
 
     def weight(self, examples: Sequence[Rollout]) -> float:
         """The number of drawn tokens, or of answers."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from graft.data.dialogue import Dialogue
@@ -15,8 +15,7 @@ from graft.generate import Answer, answer_all
 from graft.model import Base
 from graft.objectives.base import Report, Result, Say, silent
 from graft.objectives.causal import Causal, row_figures
-from graft.rendering.jinja import find_template
-from graft.rendering.render import Renderer
+from graft.objectives.templated import Templated
 from graft.rendering.supervise import supervise
 from graft.routing import Entry
 from graft.scorers import default_scorer, read_scorer
@@ -55,7 +54,7 @@ class Turn:
         return len(self.ids)
 
 
-class Instruct(Causal):
+class Instruct(Templated, Causal):
     """Dialogues through the model's chat template, with the loss on what the assistant says.
 
     Quality is that of the answers the model writes itself, greedily, graded by `scorer`.
@@ -63,10 +62,6 @@ class Instruct(Causal):
 
     name: ClassVar[str] = "instruct"
     unit: ClassVar[Unit] = "dialogue"
-
-    chat_template: str | None = None
-    """The model's own when left out; else one of chatml, llama3, alpaca, … or a .jinja file. It is kept with the
-    adapter."""
 
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Which tokens have a loss: every turn of the assistant, the last one, or all."""
@@ -90,8 +85,6 @@ class Instruct(Causal):
         "assistant_only_loss": "train_on",
     }
 
-    _renderer: tuple[PreTrainedTokenizerBase, Renderer] | None = PrivateAttr(default=None)
-
     @model_validator(mode="before")
     @classmethod
     def _read_flags(cls, given: Any) -> Any:
@@ -109,27 +102,10 @@ class Instruct(Causal):
             read_scorer(name)
         return name
 
-    @field_validator("chat_template")
-    @classmethod
-    def _known_template(cls, given: str | None) -> str | None:
-        if given is not None:
-            find_template(given, None)
-        return given
-
     @property
     def metric(self) -> str:
         """The scorer's name."""
         return self.scorer or "answers right"
-
-    def renderer(self, tokenizer: PreTrainedTokenizerBase) -> Renderer:
-        """The tokenizer with this recipe's chat template."""
-        if self._renderer is None or self._renderer[0] is not tokenizer:
-            self._renderer = (tokenizer, Renderer(tokenizer, self.chat_template))
-        return self._renderer[1]
-
-    def template(self, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
-        """The chat template in use."""
-        return None if tokenizer is None else self.renderer(tokenizer).template or None
 
     def examples(
         self,

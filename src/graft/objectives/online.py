@@ -10,24 +10,29 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from graft.alignment.logprobs import batch_logps
-from graft.alignment.reference import reference, refuse_in_place, start_from, without_dropout
+from graft.alignment.reference import (
+    reference,
+    refuse_in_place,
+    require_reference,
+    start_from,
+    starts_as_reference,
+    without_dropout,
+)
 from graft.alignment.rewards import DEFAULT, Rewards, RewardSources, Said
 from graft.alignment.rollouts import Prompt, Rollout, draw, longest, packed, unpacked
 from graft.data.dialogue import Dialogue
 from graft.data.load import DataConfig, Splits, Unit, load_splits
-from graft.families import Family
 from graft.generate import answer_all
 from graft.model import Base
-from graft.objectives.base import Objective, Report, Result, Say, silent
+from graft.objectives.base import Report, Result, Say, silent
 from graft.objectives.causal import collate, row_figures
+from graft.objectives.templated import Templated
 from graft.parts.base import Adapter
-from graft.rendering.jinja import find_template
-from graft.rendering.render import Renderer
 from graft.rendering.supervise import supervise
 from graft.routing import Entry
 
 
-class Online(Objective):
+class Online(Templated):
     """A policy that learns from rewards of its own answers.
 
     Quality is the reward of greedy answers: the mean share of the largest sum where every source is a scorer, else the
@@ -48,9 +53,6 @@ class Online(Objective):
     """A run to start from, such as a supervised one: its adapter is trained on, and is the reference. When left out,
     a fresh adapter is trained against the plain base."""
 
-    chat_template: str | None = None
-    """The model's own when left out; else one of chatml, llama3, … or a .jinja file."""
-
     max_new_tokens: int = Field(default=48, ge=1, le=8192)
     """Longest answer."""
 
@@ -66,7 +68,6 @@ class Online(Objective):
     reward_seconds: float = Field(default=10.0, gt=0)
     """Time that a function of yours may take for one answer."""
 
-    _renderer: tuple[PreTrainedTokenizerBase, Renderer] | None = PrivateAttr(default=None)
     _earned: Rewards | None = PrivateAttr(default=None)
     _prompts: Sequence[Prompt] = PrivateAttr(default=())
     _rollouts: list[Rollout] = PrivateAttr(default_factory=list)
@@ -80,37 +81,16 @@ class Online(Objective):
         """`rewards: task` without a list."""
         return [given] if isinstance(given, str | dict) else given
 
-    @field_validator("chat_template")
-    @classmethod
-    def _known_template(cls, given: str | None) -> str | None:
-        if given is not None:
-            find_template(given, None)
-        return given
-
     @property
     def metric(self) -> str:
         """What earns."""
         return self.rewards[0].scorer or "reward" if len(self.rewards) == 1 else "reward"
-
-    def refuses(self, family: Family) -> str | None:
-        """Answers continue their prompt."""
-        return None if family.kind == "decoder" else f"{self.name} needs a decoder, this is an {family.kind}"
 
     def load(self, data: DataConfig) -> Splits:
         """The rows, and a look at what rewards them: a reward model that may be no better than a coin is refused."""
         found = Rewards(self.rewards, self.reward_seconds).check()
         splits = load_splits(data, self.unit)
         return replace(splits, sha256={**splits.sha256, **found})
-
-    def renderer(self, tokenizer: PreTrainedTokenizerBase) -> Renderer:
-        """The tokenizer with this recipe's chat template."""
-        if self._renderer is None or self._renderer[0] is not tokenizer:
-            self._renderer = (tokenizer, Renderer(tokenizer, self.chat_template))
-        return self._renderer[1]
-
-    def template(self, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
-        """The chat template in use."""
-        return None if tokenizer is None else self.renderer(tokenizer).template or None
 
     def examples(
         self,
@@ -135,9 +115,14 @@ class Online(Objective):
         without_dropout(base.model, adapter)
 
     def begin(self, base: Base, adapter: Adapter, examples: Sequence[Prompt], say: Say = silent) -> None:
-        """Nothing is left of an earlier run."""
+        """Nothing is left of an earlier run, and the policy has to be the reference exactly."""
         self._say, self._rollouts, self._watched, self._sums = say, [], {}, {}
         self._prompts = examples
+        if starts_as_reference(adapter, self.init):
+            batch, targets = collate(base, examples[:2])
+            with torch.no_grad():
+                mine, theirs = (batch_logps(base, batch, targets, way) for way in (adapter.name, self.reference(base)))
+            require_reference(mine, theirs, examples[0].place)
 
     def memory(self) -> dict[str, Tensor]:
         """What is watched of the answers in hand, and these where they are learned from again."""

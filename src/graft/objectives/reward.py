@@ -4,30 +4,28 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from graft.alignment import losses
-from graft.alignment.pairs import Pair, Side, pair_examples, sides
+from graft.alignment.pairs import Pair, Side, read_answers, sides
 from graft.alignment.reference import without_dropout
 from graft.data.batch import evaluation_batches
 from graft.data.dialogue import Graded, Preference
 from graft.data.load import Unit
 from graft.data.pairs import graded_pairs
 from graft.errors import DataError
-from graft.families import Family
 from graft.model import Base
-from graft.objectives.base import Loss, Objective, Report, Result, Say, silent
+from graft.objectives.base import Loss, Report, Result, Say, silent
 from graft.objectives.causal import collate
+from graft.objectives.templated import Templated
 from graft.parts.base import Adapter
 from graft.parts.head import TaskHead, scores
-from graft.rendering.jinja import find_template
-from graft.rendering.render import Renderer
 from graft.routing import Entry, Route
 
 
-class Reward(Objective):
+class Reward(Templated):
     """Learns from pairs which of two answers is the better, as a number for each (Bradley-Terry).
 
     Quality is the share of held-out pairs whose better answer gets the higher number; the report has its interval.
@@ -38,10 +36,6 @@ class Reward(Objective):
     max_length: ClassVar[int] = 512
     speaks: ClassVar[bool] = False
 
-    chat_template: str | None = None
-    """The model's own when left out; else one of chatml, llama3, … or a .jinja file. Policies that are trained on this
-    reward need the same."""
-
     margin: float = Field(default=0.0, ge=0)
     """How far apart the two rewards should be for each point that the ratings of a pair differ by; pairs without
     ratings count as one point."""
@@ -49,28 +43,10 @@ class Reward(Objective):
     center_rewards_coefficient: float = Field(default=0.01, ge=0)
     """Weight of the squared sum of a pair's rewards, which keeps their mean near 0."""
 
-    _renderer: tuple[PreTrainedTokenizerBase, Renderer] | None = PrivateAttr(default=None)
-
     @property
     def metric(self) -> str:
         """Share of pairs that are right."""
         return "pair accuracy"
-
-    def refuses(self, family: Family) -> str | None:
-        """Answers are read through a chat template, which decoders have."""
-        return None if family.kind == "decoder" else f"reward needs a decoder, this is an {family.kind}"
-
-    def renderer(self, tokenizer: PreTrainedTokenizerBase) -> Renderer:
-        """The tokenizer with this recipe's chat template."""
-        if self._renderer is None or self._renderer[0] is not tokenizer:
-            if self.chat_template is not None:
-                find_template(self.chat_template, None)
-            self._renderer = (tokenizer, Renderer(tokenizer, self.chat_template))
-        return self._renderer[1]
-
-    def template(self, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
-        """The chat template in use."""
-        return None if tokenizer is None else self.renderer(tokenizer).template or None
 
     def examples(
         self,
@@ -89,12 +65,8 @@ class Reward(Objective):
             pairs += made
         if not pairs:
             raise DataError(f"none of {len(rows):,} rows gives a pair", "a prompt needs a good and a bad answer")
-        kept, told = pair_examples(pairs, self.renderer(tokenizer), max_length)
-        for side, report in zip(("chosen", "rejected"), told, strict=True):
-            for line in report.lines():
-                say(f"{side}: {line}")
-            report.check()
-        return kept
+        kept = read_answers(pairs, self.renderer(tokenizer), max_length, say)
+        return [pair for pair in kept if isinstance(pair, Pair)]
 
     def prepare(self, base: Base, adapter: Adapter, labels: tuple[str, ...]) -> None:
         """A head that gives one number from the answer's last token; no dropout."""
