@@ -1,5 +1,7 @@
 """Reward models, preference optimization and policies that learn from rewards: whole runs, invariants and guards."""
 
+import copy
+import gc
 import json
 import math
 import time
@@ -38,6 +40,15 @@ from graft.train.precision import choose
 
 LORA = {"name": "lora", "r": 8, "learning_rate": 5e-3, "target_modules": "all-linear"}
 SHORT = {"max_steps": 4, "per_device_train_batch_size": 8, "precision": "fp32", "eval_steps": 4}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unplanned():
+    """No simulated step and no timing, which take longer than these runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("graft.run._forecast", lambda *_: None)
+        patch.setattr("graft.assess.TextAssessor._latency", lambda *_: 1.0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -328,22 +339,34 @@ def test_one_copy_of_the_base(place, start, tmp_path):
     reward = tmp_path / "reward"
     execute(tiny_pairs.recipe(place, "reward", method=LORA, training=SHORT), reward)
     pretend(reward, 0.8)
-    plain, _, _ = ready(tiny_chat.recipe(place, method=LORA))
+    before = held()
+    plain = ready(tiny_chat.recipe(place, method=LORA))
+    supervised = held() - before
+    assert supervised >= 4 * plain[0].parameter_count()
     given = {"name": "ppo", "init": str(start), "rewards": [{"run": str(reward)}], "max_new_tokens": 6}
+    before = held()
     base, objective, prompts = ready(tiny_chat.recipe(place, objective=given, method=LORA), 4)
     objective.collect(base, prompts, ADAPTER, 4, False)
     assert set(base.adapters) == {ADAPTER, "start", "reward_0"}
-
-    def held(of: Base) -> int:
-        live = [*of.model.parameters(), *of.model.buffers()]
-        return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in live}.values())
+    objective._rollouts = []
 
     def adapter(name: str) -> int:
         named = adapter_of(base, name).named_tensors()
         return sum(tensor.untyped_storage().nbytes() for _, tensor in named)
 
     value_head = 4 * base.hidden_size
-    assert held(base) == held(plain) + value_head + adapter("start") + adapter("reward_0")
+    more = held() - before - supervised
+    assert more == value_head + adapter("start") + adapter("reward_0")
+    second = copy.deepcopy(base.model)  # what the count is for: a copy that no name of the base leads to
+    assert held() - before - supervised > more + 4 * plain[0].parameter_count()
+    del second
+
+
+def held() -> int:
+    """Bytes of all storages that any living tensor has, each counted once, whatever holds it."""
+    gc.collect()
+    live = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in live}.values())
 
 
 def pretend(run: Path, quality: float) -> None:
@@ -524,13 +547,16 @@ def test_a_chain_of_runs_from_one_file(place, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["reward", "dpo", "grpo", "ppo"])
 def test_every_objective_can_be_planned(place, name):
-    given = {"name": name} | ({"rewards": "exact_match", "max_new_tokens": 6} if name in ("grpo", "ppo") else {})
+    given: dict[str, Any] = {"name": name}
+    if name in ("grpo", "ppo"):
+        given |= {"rewards": "exact_match", "max_new_tokens": 6} | ({"num_generations": 2} if name == "grpo" else {})
     make = (
         tiny_pairs.settings
         if name in ("reward", "dpo")
         else lambda place, given: tiny_chat.settings(place, objective=given)
     )
-    planned = plan_recipe(Recipe.parse(make(place, given) | {"method": LORA}), None)
+    training = SHORT | {"per_device_train_batch_size": 2}
+    planned = plan_recipe(Recipe.parse(make(place, given) | {"method": LORA, "training": training}), None)
     assert [one.error for one in planned.estimates] == [None]
     assert planned.estimates[0].peak > 0
 

@@ -121,7 +121,7 @@ def test_what_a_checkpoint_keeps_of_a_policy(place, tmp_path, monkeypatch):
         optimizer = {key.split(".")[1] for key in kept[name] if key.startswith("optimizer.")}
         assert len(optimizer) == len(adapter)
         assert ("head.out.weight" in adapter) == (name == "ppo")
-    assert len(resume.remembered(kept["grpo"])["silent"]) == 2  # drawings
+    assert len(resume.remembered(kept["grpo"])["silent"]) == 2 + 1  # a share for each drawing, and what the last earned
     rows = resume.remembered(kept["ppo"])["rollouts.rows"]
     assert rows.shape == (4, 4)
 

@@ -8,10 +8,10 @@ finished run is one adapter that needs no other.
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from graft.errors import UsageError
+from graft.errors import GuardError, UsageError
 from graft.methods import store
 from graft.methods.base import method_of
 from graft.model import Base
@@ -69,6 +69,22 @@ def reference(run: str | None, base: Base) -> Entry:
     if START not in base.adapters:
         store.load(base, adapter_folder(run), START).requires_grad_(False)
     return START
+
+
+def starts_as_reference(adapter: Adapter, run: str | None) -> bool:
+    """Whether a policy has to be its reference exactly before the first step: it starts from the same run, or its
+    method changes nothing at first."""
+    return run is not None or method_of(adapter).starts_as_base
+
+
+def require_reference(policy: Tensor, known: Tensor, place: str) -> None:
+    """Raise `GuardError` where the log-probabilities of a policy are not those of its reference, to the bit."""
+    if not torch.equal(policy, known):
+        raise GuardError(
+            f"before the first step the policy is not the reference: log-probabilities of {place} differ "
+            f"by {float((policy - known).abs().max()):.3g}",
+            "a base with random parts of its own cannot be aligned; with init, give the base of that run",
+        )
 
 
 def without_dropout(*modules: nn.Module) -> None:

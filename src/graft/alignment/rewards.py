@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -154,14 +155,16 @@ class Rewards:
         except TimeoutError:
             raise GuardError(f"{where} it took more than {self.seconds:g} s", "make it faster, or raise reward_seconds"
                              ) from None  # fmt: skip
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise GuardError(f"{where} it raised {type(error).__name__}: {error}", "correct the function") from error
-        if isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        try:
+            number = float(value) if isinstance(value, Real) else math.nan  # numpy's numbers are Real, its arrays not
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
             shown = f"{value!r}"[:60]
             raise GuardError(f"{where} it gave {shown}, which is no finite number", "correct the function")
-        return float(value)
+        return number
 
     def _function(self, source: RewardSource) -> Call:
         if source.label not in self.functions:
@@ -261,7 +264,7 @@ def _read_function(file: str, name: str) -> Call:
     module = importlib.util.module_from_spec(described)
     try:
         described.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"reward {file}: it cannot be run: {type(error).__name__}: {error}", "correct it") from error
     call = getattr(module, name, None)
     if not callable(call):
