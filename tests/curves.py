@@ -83,6 +83,40 @@ def _report(**more: Any) -> dict[str, Any]:
     return {"quality": 0.8, "quality_low": 0.78, "quality_high": 0.82, "figures": {}} | more
 
 
+def policy(count: int = 60, updates: int = 1, objective: str = "grpo", **watched: Callable[[int], float]) -> Curve:
+    """A run of GRPO or PPO with nothing wrong: its reward rises, its loss is noise about 0. `watched` replaces figures,
+    each as a function of the step."""
+    draw = random.Random(3)
+    known: dict[str, Callable[[int], float]] = {
+        "reward": lambda step: 0.3 + 0.5 * step / count + 0.05 * draw.uniform(-1, 1),
+        "kl": lambda step: 0.08 * step / count * (20 if objective == "ppo" else 1),
+        "entropy": lambda step: 0.7 * math.exp(-1.5 * step / count),
+        "length": lambda step: 20.0,
+        "ended": lambda step: 1.0,
+    }
+    if objective == "grpo":
+        known |= {"reward_std": lambda step: 0.4, "silent": lambda step: 0.1 + 0.3 * step / count}
+    known |= watched
+    steps, seen = [], {}
+    for step in steps_of([draw.uniform(-0.02, 0.02) for _ in range(count)]):
+        if step.number % updates == 0 or not seen:
+            seen = {name: figure(step.number) for name, figure in known.items()}
+        steps.append(replace(step, watched=dict(seen)))
+    recipe = {**FACTS.recipe, "objective": {"name": objective, "kl_target": 6.0, "beta": 0.04, "num_generations": 8}}
+    facts = replace(FACTS, state="done", total=count, objective=objective, recipe=recipe, best_by="quality")
+    ends = [Evaluation(count * part // 4, 2.0, 0.3 + 0.1 * part, {"ended": 1.0}) for part in range(1, 5)]
+    return Curve("made up", steps, ends, facts)
+
+
+def preferences(margin: Callable[[int], float], count: int = 80) -> Curve:
+    """A run of DPO with these margins."""
+    losses = [math.log1p(math.exp(-max(0.0, margin(step)))) for step in range(count)]
+    steps = [replace(step, watched={"margin": margin(step.number - 1)}) for step in steps_of(losses)]
+    recipe = {**FACTS.recipe, "objective": {"name": "dpo"}}
+    facts = replace(FACTS, state="done", total=count, objective="dpo", recipe=recipe, classes=None)
+    return Curve("made up", steps, (), facts)
+
+
 _LOG = "120 of 1,000 rows have 0 trained tokens: 120 prompt longer than max_length=96 (p95 300; use 384 or more)"
 _LONG = "rows have 80 tokens (p95 300, longest 412); max_length=96"
 _KEPT = "500 of 500 rows kept: 500 supervised tokens (a row has 1; 1 to 1 in 90 % of the rows)"
@@ -119,6 +153,13 @@ PLANTED: dict[str, Callable[[], Curve]] = {
     "forgetting": lambda: healthy(report=_report(probes={"news": 0.2}), base={"probes": {"news": 0.8}}),
     "rows lost": lambda: healthy(log=[_LOG, _LONG]),
     "few trained tokens": lambda: healthy(log=[_KEPT]),
+    "margin does not move": lambda: preferences(lambda step: 0.0),
+    "policy runs away": lambda: policy(kl=lambda step: 0.05 * step),
+    "reward is constant": lambda: policy(80, 4, "ppo", reward=lambda step: 0.25),
+    "groups are silent": lambda: policy(silent=lambda step: 0.95, reward=lambda step: 0.05 * (step % 2)),
+    "entropy collapse": lambda: policy(
+        entropy=lambda step: 0.7 if step < 20 else 0.01, reward=lambda step: 0.3 + 0.01 * (step % 3)
+    ),
     "memory ran out": lambda: healthy(
         log=["out of memory: passes of 4 rows from here on, each step has the same rows"]
     ),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,10 @@ from graft.objectives.classify import Classify
 from graft.run import execute
 
 SLOW = pytest.mark.slow
-STOPS = {"not finite", "loss exactly 0", "no gradient", "diverged", "no descent"}
+STOPS = {
+    "not finite", "loss exactly 0", "no gradient", "diverged", "no descent", "margin does not move",
+    "reward is constant",
+}  # fmt: skip
 TRUE_OF_REAL = {
     ("all-methods/longlora-seed2", "overfit"),  # its evaluation loss rises from 0.43 to 0.68
     ("family-methods/bottleneck-learning_rate-0.001-seed1", "still learning"),  # 0.337 to 0.117, quality 66.7 to 93.3 %
@@ -75,6 +79,41 @@ def test_made_up_healthy_runs_are_left_alone():
     for seed in range(20):
         assert diagnose(curves.healthy(seed)) == []
         assert watch(curves.healthy(seed)) == []
+
+
+def test_made_up_healthy_alignment_is_left_alone():
+    draw = random.Random(4)
+    runs = [curves.policy(count, 1, "grpo") for count in (40, 60, 200)]
+    runs += [curves.policy(count, 4, "ppo") for count in (60, 160, 400)]
+    runs += [curves.preferences(lambda step: 0.02 * step + draw.uniform(-0.1, 0.1) * (step > 0)) for _ in range(5)]
+    # Solved: one answer to each prompt, and it is the right one.
+    solved = curves.policy(entropy=lambda step: 0.7 / step**2, silent=lambda step: min(1.0, step / 30))
+    runs.append(replace(solved, evaluations=[*solved.evaluations[:-1], Evaluation(60, 2.0, 0.99, {"ended": 1.0})]))
+    # With equal rewards in its first steps GRPO has a loss of exactly 0.
+    begun = curves.policy()
+    runs.append(replace(begun, steps=[replace(step, loss=0.0) if step.number < 6 else step for step in begun.steps]))
+    # Cut off from the first step on, as by a small max_new_tokens.
+    cut = curves.policy(160, 4, "ppo", ended=lambda step: 0.6)
+    runs.append(replace(cut, evaluations=[Evaluation(160, 2.0, 0.5, {"ended": 0.1})]))
+    assert len(runs) == 14
+    for curve in runs:
+        assert [finding for finding in diagnose(curve) if finding.level != "note"] == []
+        assert watch(curve) == []
+
+
+def test_alignment_that_does_nothing_or_too_much():
+    draw = random.Random(4)
+    noise = curves.preferences(lambda step: draw.uniform(-0.1, 0.1) * (step > 0))
+    found = {finding.name: finding for finding in diagnose(noise)}
+    assert found["margin does not move"].level == "warning"
+    assert not found["margin does not move"].stops
+    far = curves.policy(160, 4, "ppo", kl=lambda step: 0.5 * step)
+    assert {finding.name for finding in diagnose(far)} == {"policy runs away"}
+    assert "objective.kl_target is 6" in diagnose(far)[0].evidence
+    lost = curves.policy(160, 4, "ppo", ended=lambda step: max(0.0, 1 - step / 80))
+    lost = replace(lost, evaluations=[Evaluation(160, 2.0, 0.5, {"ended": 0.1})])
+    assert names(diagnose(lost)) == {"answers do not end"}
+    assert diagnose(lost)[0].level == "warning"
 
 
 def test_real_runs_are_left_alone():

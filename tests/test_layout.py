@@ -38,7 +38,8 @@ ORDER_WITHIN = {
     "methods": ["folder", "base", "linears", "lowrank", "mixture", "attended", "virtual", "*", "store", "table"],
     "alignment": ["losses", "logprobs", "pairs", "reference", "rewards", "rollouts"],
     "diagnosis": [
-        *("curve", "rates", "broken", "fit", "outcome", "diagnose", "advice", "runs", "trainer", "comparison", "guard"),
+        *("curve", "rates", "broken", "fit", "outcome", "aligned", "diagnose", "advice", "runs", "trainer"),
+        *("comparison", "guard"),
     ],
     "objectives": ["base", "templated", "causal", "online", "*"],
     "planning": ["fake", "live", "step", "catalogue", "machine", "simulate", "smaller", "plan", "preflight"],

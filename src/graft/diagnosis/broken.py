@@ -60,7 +60,7 @@ def not_finite(curve: Curve) -> Finding | None:
 
 def zero_loss(curve: Curve) -> Finding | None:
     """A loss of exactly 0, which did not get there by falling."""
-    steps, count = curve.steps, 0
+    steps, count = curve.steps if curve.measured_by_loss else (), 0
     for index, step in enumerate(steps):
         count = count + 1 if step.loss == 0 and (step.norm is None or isfinite(step.norm)) else 0
         if count < IN_A_ROW:
@@ -137,7 +137,7 @@ def divergence(curve: Curve) -> Finding | None:
     """A loss that has risen and does not come back: far above its level, to its first value, or beyond it."""
     steps = curve.steps
     width = WIDTH if len(steps) >= 3 * WIDTH else WIDTH // 2
-    if len(steps) < 2 * width or not curve.facts.best_by:
+    if len(steps) < 2 * width or not curve.facts.best_by or not curve.measured_by_loss:
         return None
     start = level_of([step.loss for step in steps[:3]])
     levels = windows(steps[:-width], width)
@@ -164,7 +164,7 @@ def divergence(curve: Curve) -> Finding | None:
 
 def spike(curve: Curve) -> Finding | None:
     """A step whose loss is far above everything before it, from which training came back."""
-    steps = curve.steps
+    steps = curve.steps if curve.measured_by_loss else ()
     start = level_of([step.loss for step in steps[:3]])
     for index in range(WIDTH, len(steps) - WIDTH):
         here = steps[index]
@@ -183,7 +183,7 @@ def spike(curve: Curve) -> Finding | None:
 def no_descent(curve: Curve) -> Finding | None:
     """A loss that has not fallen since the first step. It stops a run only where the cause is in sight."""
     steps, facts = [step for step in curve.steps if isfinite(step.loss)], curve.facts
-    if len(steps) < WIDTH or steps[-1].number - steps[0].number < LEAST_STEPS - 1:
+    if len(steps) < WIDTH or steps[-1].number - steps[0].number < LEAST_STEPS - 1 or not curve.measured_by_loss:
         return None
     if steps[-1].number < (facts.total or 0) / 4:  # a long run may fall slowly
         return None

@@ -10,6 +10,8 @@ Level = Literal["serious", "warning", "note"]
 """serious: the result cannot be used, or there is none. warning: worth another run. note: worth knowing."""
 Sure = Literal["certain", "likely", "possible"]
 """certain: the figures are the fault. likely: hardly anything else gives them. possible: other things do too."""
+ONLINE = {"grpo", "ppo"}
+"""Objectives whose loss is no measure: it is made of advantages, with a mean of 0, over answers that change."""
 LEVELS: tuple[Level, ...] = ("serious", "warning", "note")
 
 
@@ -127,6 +129,11 @@ class Curve:
         if self.facts.state is not None:
             return self.facts.state == "done"
         return self.facts.total is not None and self.last >= self.facts.total
+
+    @property
+    def measured_by_loss(self) -> bool:
+        """Whether the loss says how good the model is, and so should fall."""
+        return self.facts.objective not in ONLINE
 
     @property
     def chance(self) -> float | None:

@@ -40,7 +40,7 @@ def rate_outside(curve: Curve) -> Finding | None:
 def overfit(curve: Curve) -> Finding | None:
     """An evaluation loss that rises while the training loss falls."""
     seen = [one for one in curve.evaluations if one.loss is not None and isfinite(one.loss)]
-    if len(seen) < 3:
+    if len(seen) < 3 or not curve.measured_by_loss:
         return None
     best = min(seen, key=_loss)
     later = [one for one in seen if one.number > best.number]
@@ -68,7 +68,7 @@ def overfit(curve: Curve) -> Finding | None:
 def underfit(curve: Curve) -> Finding | None:
     """An evaluation loss that was still falling fast when the run ended."""
     seen = [one for one in curve.evaluations if one.loss is not None and isfinite(one.loss)]
-    if not curve.ended or len(seen) < 4 or curve.facts.few_on_purpose:
+    if not curve.ended or len(seen) < 4 or curve.facts.few_on_purpose or not curve.measured_by_loss:
         return None
     last, before = seen[-1], seen[-2]
     if _loss(last) > (1 - STILL) * _loss(before) or _loss(last) > min(map(_loss, seen)):

@@ -107,11 +107,16 @@ def never_ends(curve: Curve) -> Finding | None:
     share = next((share for share in shares if share is not None), None)
     if share is None or share >= ENDED or curve.last < JUDGED:
         return None
+    policy = not curve.measured_by_loss
+    at_first = next((step.watched["ended"] for step in curve.steps if "ended" in step.watched), 1.0) if policy else 1.0
     where = "of the test rows" if shares[0] is not None else f"at step {last.number}" if last is not None else ""
     return Finding(
-        "answers do not end", "serious" if share < 0.05 else "warning", "likely",
-        f"{share:.0%} of the answers {where} ended by themselves, the others at max_new_tokens",
+        # A policy may be cut off on purpose, as it was from the first step on.
+        "answers do not end", "note" if at_first < ENDED else "serious" if share < 0.05 else "warning", "likely",
+        f"{share:.0%} of the answers {where} ended by themselves, the others at max_new_tokens"
+        + (f"; {at_first:.0%} of those that the policy drew in the first step" if policy else ""),
         (
+            *(["a reward that does not mind: objective.unended_penalty"] if policy else []),
             "the end of a turn is not trained: rows cut at their end, or a template without it",
             "max_new_tokens below the length of the answers",
             "too little training for the model to learn where answers end",
