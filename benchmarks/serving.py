@@ -2,10 +2,13 @@
 
     python -m benchmarks.serving [--rounds N] [--out FILE]
 
-Eight requests of 32 tokens in and 16 out, greedy, each through an adapter of its own: in one batch with Graft, one
-after another with peft's `set_adapter`, and in one batch with peft's `adapter_names` (LoRA only). The adapters are
-random rather than trained, saved and loaded as real ones are. Cases alternate within a round, ratios are those of one
-round, and figures are medians over the rounds. Takes five minutes.
+Eight requests of 32 tokens in and 64 out, greedy, each through an adapter of its own. Graft serves them as its server
+does (`graft.serve.batch`): they join together, and the time is that from the first prompt to the last token. peft
+answers them one after another, and LoRA also in one batch with `adapter_names`. One peft model holds adapters of one
+method, among which `set_adapter` switches; for several methods each has a model with a base of its own, so that going
+from one to the other costs nothing. The adapters are random rather than trained, saved and loaded as real ones are.
+Cases alternate within a round, ratios are those of one round, and figures are medians over the rounds. A round takes
+two minutes on one thread.
 """
 
 import argparse
@@ -18,16 +21,19 @@ from pathlib import Path
 from typing import Any
 
 MODEL = "smollm2-135m"
-ROWS, READ, WRITTEN = 8, 32, 16
+ROWS, READ, WRITTEN = 8, 32, 64
 LORA = ["lora"] * ROWS
 MIXES = {
     "four methods": ["lora", "lora", "bottleneck", "bottleneck", "ia3", "ia3", "prefix", "prefix"],
+    "four methods of peft": ["lora", "lora", "ia3", "ia3", "vera", "vera", "prefix", "prefix"],
     "five methods": ["lora", "lora", "dora", "dora", "bottleneck", "bottleneck", "ia3", "prompt"],
 }
 LENGTHS = (16, 64, 256)
 STEPS = 12
 """Tokens decoded, and half as many forward passes of each length, per variant and round in the part on latency."""
 SHAKE = 0.02
+SWITCHED, BATCHED = "peft, eight LoRA, one by one", "peft, eight LoRA, one batch with adapter_names"
+SWITCHED_MIX = "peft, four methods, one by one"
 Case = Callable[[], Any]
 
 
@@ -64,51 +70,62 @@ def prompts(vocabulary: int) -> list[list[int]]:
     return [[int(token) for token in row] for row in drawn]
 
 
+def names_of(mix: list[str]) -> list[str]:
+    """An adapter for each request: the first of its method, the second, and so on."""
+    return [f"{method}-{mix[:place].count(method)}" for place, method in enumerate(mix)]
+
+
+def serve(base: Any, given: list[list[int]], entries: list[str | None]) -> None:
+    """Answers to requests that come together, as the server writes them."""
+    from graft.parts.attach import adapter_of
+    from graft.serve.batch import Batch, Row
+
+    batch = Batch(base, 100_000)
+    for prompt, entry in zip(given, entries, strict=True):
+        virtual = sum(part.positions for part in adapter_of(base, entry).virtual_parts()) if entry else 0
+        batch.add(Row(prompt, WRITTEN, entry=entry, virtual=virtual))
+    rows = list(batch.waiting)
+    while batch.busy:
+        batch.step()
+    assert all(len(row.ids) == WRITTEN for row in rows)
+
+
 def graft_cases(base: Any, mixes: dict[str, list[str]], given: list[list[int]]) -> dict[str, Case]:
-    """Batches through `graft.generate`: plain, all on one adapter, and mixed."""
-    from graft.generate import generate
-    from graft.routing import Route
-
-    routes = {"graft, no adapter": Route.all(None), "graft, one LoRA": Route.all("lora-0")}
-    for name, mix in mixes.items():
-        taken = [f"{method}-{sum(other == method for other in mix[:place])}" for place, method in enumerate(mix)]
-        routes[f"graft, {name}"] = Route.of(taken)
-    return {
-        name: lambda route=route: generate(base, given, route, max_new_tokens=WRITTEN) for name, route in routes.items()
-    }
+    """Batches: plain, all on one adapter, and mixed."""
+    entries: dict[str, list[str | None]] = {"graft, no adapter": [None] * ROWS, "graft, one LoRA": ["lora-0"] * ROWS}
+    entries |= {f"graft, {name}": list(names_of(mix)) for name, mix in mixes.items()}
+    return {name: lambda taken=taken: serve(base, given, taken) for name, taken in entries.items()}
 
 
-def peft_cases(dtype: Any, folder: Path, given: list[list[int]]) -> dict[str, Case]:
-    """The same LoRA folders in peft: one request after another, and its own mixed batch."""
+def peft_cases(dtype: Any, folder: Path, mix: list[str], given: list[list[int]]) -> tuple[Case, Case]:
+    """The same folders in peft: one request after another, and its own mixed batch, which is for LoRA alone."""
     import torch
     from peft import PeftModel
 
-    base = loaded(dtype)
-    model: Any = PeftModel.from_pretrained(base.model, folder / "lora-0", adapter_name="lora-0")
-    names = [f"lora-{number}" for number in range(ROWS)]
-    for name in names[1:]:
-        model.load_adapter(folder / name, adapter_name=name)
-    model.eval()
-    for number, parameter in enumerate(model.parameters()):
-        assert parameter.dtype in (dtype, torch.float32), number
+    models: dict[str, Any] = {}
+    names = names_of(mix)
+    for method, name in zip(mix, names, strict=True):
+        if method in models:
+            models[method].load_adapter(folder / name, adapter_name=name)
+        else:
+            models[method] = PeftModel.from_pretrained(loaded(dtype).model, folder / name, adapter_name=name)
+            models[method].eval()
     ids = torch.tensor(given)
     options = {
         "max_new_tokens": WRITTEN, "min_new_tokens": WRITTEN, "do_sample": False, "use_cache": True, "pad_token_id": 0
     }  # fmt: skip
 
     @torch.no_grad()
-    def generate(rows: Any, **more: Any) -> Any:
-        return model.generate(input_ids=rows, attention_mask=torch.ones_like(rows), **options, **more)
+    def generate(model: Any, rows: Any, **more: Any) -> None:
+        found = model.generate(input_ids=rows, attention_mask=torch.ones_like(rows), **options, **more)
+        assert found.shape[1] == READ + WRITTEN
 
     def switching() -> None:
-        for number, name in enumerate(names):
-            model.set_adapter(name)
-            generate(ids[number : number + 1])
+        for number, (method, name) in enumerate(zip(mix, names, strict=True)):
+            models[method].set_adapter(name)
+            generate(models[method], ids[number : number + 1])
 
-    return {
-        "peft, set_adapter and generate, one by one": switching,
-        "peft, one batch with adapter_names": lambda: generate(ids, adapter_names=names),
-    }
+    return switching, lambda: generate(models["lora"], ids, adapter_names=names)
 
 
 def throughput(rounds: int, dtype: Any, folder: Path) -> dict[str, dict[str, list[float]]]:
@@ -118,7 +135,8 @@ def throughput(rounds: int, dtype: Any, folder: Path) -> dict[str, dict[str, lis
     given = prompts(int(base.config.vocab_size))
     for number in range(ROWS):
         put(base, "lora", f"lora-{number}", folder)
-    cases = graft_cases(base, {"eight LoRA": LORA}, given) | peft_cases(dtype, folder, given)
+    cases = graft_cases(base, {"eight LoRA": LORA}, given)
+    cases[SWITCHED], cases[BATCHED] = peft_cases(dtype, folder, LORA, given)
     mixed = loaded(dtype)
     for method in {method for mix in MIXES.values() for method in mix}:
         for number in range(max(mix.count(method) for mix in MIXES.values())):
@@ -129,6 +147,7 @@ def throughput(rounds: int, dtype: Any, folder: Path) -> dict[str, dict[str, lis
         for name, case in with_methods.items()
         if name != "graft, no adapter"
     }
+    cases[SWITCHED_MIX] = peft_cases(dtype, folder / "mixed", MIXES["four methods of peft"], given)[0]
     for turn in range(rounds + 1):
         for name, case in cases.items():
             wall, processor = time.perf_counter(), time.process_time()
@@ -203,13 +222,13 @@ def ratios(found: dict[str, dict[str, list[float]]], clock: str) -> dict[str, fl
         return statistics.median(theirs / own for own, theirs in pairs)
 
     one, beside = "graft, one LoRA", "graft, one LoRA, four methods attached"
-    switched, batched = (name for name in found if name.startswith("peft"))
     return {
-        "eight LoRA / peft one by one": times_as_fast("graft, eight LoRA", switched),
-        "four methods / peft one by one": times_as_fast("graft, four methods", switched),
-        "eight LoRA / peft adapter_names": times_as_fast("graft, eight LoRA", batched),
+        "eight LoRA / peft one by one": times_as_fast("graft, eight LoRA", SWITCHED),
+        "four methods of peft / peft one by one": times_as_fast("graft, four methods of peft", SWITCHED_MIX),
+        "eight LoRA / peft adapter_names": times_as_fast("graft, eight LoRA", BATCHED),
         "eight LoRA / one LoRA": times_as_fast("graft, eight LoRA", one),
         "four methods / one LoRA": times_as_fast("graft, four methods", beside),
+        "four methods of peft / one LoRA": times_as_fast("graft, four methods of peft", beside),
         "five methods / one LoRA": times_as_fast("graft, five methods", beside),
     }
 
@@ -225,7 +244,7 @@ def table(found: dict[str, dict[str, list[float]]]) -> None:
 def main() -> None:
     """Measure, print, and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -255,7 +274,7 @@ def main() -> None:
         print(f"| {figure} | " + " | ".join(f"{1000 * statistics.median(times):.1f}" for times in each.values()) + " |")
     if given.out:
         about = {
-            "command": "python -m benchmarks.serving", "created": time.strftime("%Y-%m-%d"), "model": MODEL,
+            "command": f"python -m benchmarks.serving --rounds {given.rounds} --threads {given.threads}", "created": time.strftime("%Y-%m-%d"), "model": MODEL,
             "rows": ROWS, "read": READ, "written": WRITTEN, "mixes": MIXES, "rounds": given.rounds,
             "dtype": chosen.name, "environment": environment() | {"peft": version("peft")},
         }  # fmt: skip

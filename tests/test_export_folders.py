@@ -258,10 +258,15 @@ def test_the_starter_model_beside_its_own_file(smollm, tmp_path):
 
 @pytest.mark.slow
 def test_the_starter_model_merged_and_exported(smollm, tmp_path):
+    """Within 0.01 of the merged model with its weights rounded to f16, all that such a file can hold; rounding itself
+    moves scores, which reach 40, by 0.03 to 0.06."""
     adapter = write_adapter(Path(smollm), tmp_path / "a", r=8, target_modules=["all-linear"], shake=0.005)
     made = export_run(str(adapter), "ollama", tmp_path / "out", model=smollm)
     agreed, far = made["checks"]["merged_and_attached"], made["checks"]["file_and_model"]
     assert agreed["top1"] >= 0.999
+    rounded = made["checks"]["file_and_rounded"]
+    assert rounded["largest"] <= 1e-2
+    assert rounded["top1"] == 1
     assert far["top1"] >= 0.99
     assert far["largest"] <= 2e-3 * far["scale"]  # 0.035 where scores reach 40
     assert far["kl"] < 1e-4

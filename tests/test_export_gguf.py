@@ -76,6 +76,7 @@ def test_the_file_is_the_model(place, tmp_path, name):
     assert checks["tensors"] == sum(made["tensors"].values()) >= len({id(value) for value in state.values()}) - 1
     assert checks["file_and_model"]["top1"] == 1.0
     assert checks["file_and_model"]["positions"] > 100
+    assert checks["file_and_rounded"]["largest"] < 1e-4
     for text in ("Hello there, how are you?", "x  12 345\n", "<|im_start|>user"):
         cut = base.tokenizer(text, add_special_tokens=False)["input_ids"]
         assert again.tokenizer(text, add_special_tokens=False)["input_ids"] == cut
@@ -102,6 +103,7 @@ def test_other_formats(place, tmp_path, quant):
     assert kinds["blk.1.ffn_up.weight"] == quant.upper()
     assert kinds["token_embd.weight"] == (quant.upper() if quant in ("bf16", "q8_0") else "Q8_0")
     assert made["checks"]["file_and_model"]["kl"] <= made["checks"]["bound"]["kl"]
+    assert made["checks"]["file_and_rounded"]["largest"] < 1e-4  # all that differs is the rounding
     assert reader.get_field("general.file_type").contents() == gguffile._FILE_TYPES[quant]
 
 

@@ -6,9 +6,13 @@ import pytest
 import torch
 from bases import VOCABULARY, family_of, make, put, suited
 
-from graft.decoding import BLOCK
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from graft.decoding import BLOCK, Decoder
 from graft.generate import answer_all, generate
+from graft.model import Base
 from graft.parts.attach import adapter_of
+from graft.routing import Route
 from graft.sampling import Sampling
 from graft.serve.batch import Batch, Row, bytes_per_column
 
@@ -192,3 +196,73 @@ def test_memory_is_promised_before_a_row_is_let_in():
         batch.step()
     assert third.ids == alone(base, third)
     assert bytes_per_column(base) == 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, width, bytes
+
+
+def wide(dtype: torch.dtype) -> Base:
+    """A random Llama whose products are large enough that their rounding depends on the number of rows."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        config = LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1184, num_hidden_layers=6, num_attention_heads=18,
+            num_key_value_heads=9, pad_token_id=0,
+        )  # fmt: skip
+        base = Base(LlamaForCausalLM(config).eval().to(dtype), None, "wide")
+    for name in ("lora", "bottleneck", "ia3", "dora"):
+        put(base, name, shake=0.02)
+    put(base, "lora", "second", shake=0.02)
+    return base
+
+
+@torch.no_grad()
+def written(base, prompts, entries, steps=4):
+    """Scores [steps, rows, vocabulary] of a batch whose tokens are given."""
+    route = Route.of(entries)
+    found = []
+    with base.route(route):
+        decoder = Decoder(base, prompts, route, True)
+        for step in range(steps):
+            found.append(decoder.scores().float())
+            decoder.add(torch.tensor([len(prompt) + step for prompt in prompts]), torch.ones(len(prompts)).long())
+    return torch.stack(found)
+
+
+def test_in_bf16_a_mixed_batch_is_within_twice_the_bases_own_spread():
+    base = wide(torch.bfloat16)
+    chance = random.Random(0)
+    prompts = [[chance.randrange(3, VOCABULARY) for _ in range(chance.randint(3, 14))] for _ in range(8)]
+    plain = [written(base, [prompt], [None])[:, 0] for prompt in prompts]
+    spread = 0.0
+    for size in range(2, 9):
+        together = written(base, prompts[:size], [None] * size)
+        spread = max(spread, *(float((together[:, row] - plain[row]).abs().max()) for row in range(size)))
+    scale = max(float(scores.abs().max()) for scores in plain)
+    spread = max(spread, scale * 2**-8)  # one step of the format, where all kernels of a CPU round alike
+    entries = [None, "lora", "second", "bottleneck", "ia3", "dora", "lora", "second"]
+    mixed = written(base, prompts, entries)
+    differences = []
+    for row, (prompt, entry) in enumerate(zip(prompts, entries, strict=True)):
+        alone = written(base, [prompt], [entry])[:, 0]
+        differences.append(float((mixed[:, row] - alone).abs().max()))
+        assert entry is None or float((alone - plain[row]).abs().max()) > 2 * spread
+    assert 2 * spread < 0.05 * scale
+    assert max(differences) <= 2 * spread, (differences, spread)
+
+
+def test_a_row_whose_scores_are_no_numbers_ends_alone():
+    base = adapted("llama")
+    rows = rows_for(base, 6, seed=2, most=9)
+    for row in rows:
+        row.max_tokens, row.entry, row.virtual = 9, None, 0
+    rows[1].entry = rows[4].entry = "lora"
+    rows[4].sampling = Sampling(temperature=1.0)
+    with torch.no_grad():
+        for _, tensor in base.adapters["lora"].trainable():
+            tensor.fill_(float("nan"))
+    batch = Batch(base, 20_000)
+    told = run(batch, rows)
+    for row in rows:
+        if row.entry == "lora":
+            assert (row.ending, row.ids, told[row]) == ("unsound", [], [])
+        else:
+            assert (row.ending, row.ids) == ("length", alone(base, row))
+    assert batch.used == 0

@@ -13,17 +13,22 @@ import pytest
 import served
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from served import METHODS, alone
 
 from graft.errors import DamagedError, ResourceError, UsageError
+from graft.generate import generate
+from graft.merge import merge_run
 from graft.methods import store
 from graft.model import load_base
 from graft.objectives.classify import collate
 from graft.parts.head import scores
+from graft.quantize import quantize
 from graft.serve.adapters import Adapters, Loading, UnknownModel
-from graft.serve.batch import Batch, Row
+from graft.serve.batch import Batch, Row, Unsound
 from graft.serve.engine import Ended, Engine, Failed, Full, Job, Piece, Stopping
 from graft.serve.metrics import Meter
+from graft.serve.start import Settings, load_service
 from graft.serve.texts import Texts, read_texts
 
 QUESTIONS = ["abc the sea?", "q", "the capital of everything?", "fine?"]
@@ -376,3 +381,108 @@ def test_names_are_checked(folder):
     assert adapters.prepare("a.b-c_1", folder / "adapters/lora").name == "a.b-c_1"
     assert json.loads((folder / "adapters/lora/graft.json").read_text())["method"]["name"] == "lora"
     assert bases.METHODS
+
+
+def spoil(client, name: str) -> None:
+    """Make an adapter in memory compute what is no number."""
+    with torch.no_grad():
+        for _, tensor in client.base.adapters[client.adapters.find(name).key].named_tensors():
+            tensor.fill_(float("nan"))
+
+
+def test_an_adapter_that_computes_no_numbers_fails_its_own_requests(folder, expected):
+    with Client(folder, ("lora", "ia3", "mood")) as client:
+        spoil(client, "lora")
+        jobs = [client.job(("lora", "ia3", None)[n % 3], QUESTIONS[n % 4]) for n in range(9)]
+        for number, job in enumerate(jobs):
+            assert job.done.wait(30)
+            name = ("lora", "ia3", None)[number % 3]
+            if name == "lora":
+                assert isinstance(job.events[-1].error, Unsound)
+                continue
+            said = "".join(event.text for event in job.events if isinstance(event, Piece))
+            assert said == expected[name, QUESTIONS[number % 4]]
+        spoil(client, "mood")
+        version = client.adapters.find("mood")
+        texts = Texts(version, read_texts(client.base, version, ["abc"], None))
+        client.engine.classify(texts)
+        with pytest.raises(Unsound, match="no numbers"):
+            texts.future.result(30)
+        assert client.ask(None, QUESTIONS[0]) == expected[None, QUESTIONS[0]]
+        text = client.meter.text().decode()
+        assert 'graft_unsound_total{model="lora"} 3.0' in text
+        assert 'graft_requests_total{ending="failed",model="lora"} 3.0' in text
+        assert client.engine.open == 0
+        assert client.engine.batch.used == 0
+
+
+def test_weights_that_are_no_numbers_are_refused(folder, tmp_path):
+    """By everything that reads an adapter, whoever wrote it."""
+    for source, where in (("lora", "of-graft"), ("ia3", "of-peft")):
+        damaged = shutil.copytree(folder / "adapters" / source, tmp_path / where)
+        path = damaged / "adapter_model.safetensors"
+        tensors = load_file(path)
+        name = sorted(tensors)[0]
+        tensors[name][0] = float("inf" if source == "lora" else "nan")
+        save_file(tensors, path)
+        if where == "of-peft":
+            (damaged / "graft.json").unlink()
+        calls = (
+            lambda: store.load(load_base(str(folder / "model")), damaged, "x"),  # noqa: B023
+            lambda: merge_run(damaged, tmp_path / "merged", model=str(folder / "model")),  # noqa: B023
+            lambda: load_service(str(folder / "model"), {"x": damaged}, Settings()),  # noqa: B023
+        )
+        for call in calls:
+            with pytest.raises(DamagedError, match=f"1 of {len(tensors)} tensors hold values that are no numbers"):
+                call()
+
+
+def test_more_adapters_in_use_than_places_take_turns(folder, expected):
+    """One place for five adapters and a classifier, asked all the time: each gets its turn, in the order of coming."""
+    names = [*METHODS, "mood"]
+    with Client(folder, names, limit=1, max_rows=4) as client:
+        stop = threading.Event()
+
+        def stream(number):
+            count = 0
+            while not stop.is_set():
+                assert client.ask("lora", QUESTIONS[number % 4]) == expected["lora", QUESTIONS[number % 4]]
+                count += 1
+            return count
+
+        with ThreadPoolExecutor(8) as pool:
+            busy = [pool.submit(stream, number) for number in range(3)]
+            others = [pool.submit(client.ask, name, QUESTIONS[0]) for name in METHODS[1:]]
+            version = client.adapters.find("mood")
+            for _ in range(3):
+                texts = Texts(version, read_texts(client.base, version, ["abc"], None))
+                client.engine.classify(texts)
+                assert len(texts.future.result(20)[0]) == 3
+            said = [one.result(20) for one in others]
+            stop.set()
+            assert sum(one.result(20) for one in busy) >= 3
+        assert said == [expected[name, QUESTIONS[0]] for name in METHODS[1:]]
+        assert client.adapters.attached <= 1
+
+
+def test_a_base_in_4_bits_is_served(folder):
+    pytest.importorskip("bitsandbytes")
+    base = load_base(str(folder / "model"))
+    quantize(base, torch.float32)
+    for number, name in enumerate(("four", "bits")):
+        served.write_adapter(base, folder / "adapters" / name, ("lora", "ia3")[number], 7 + number)
+    places = {name: folder / "adapters" / name for name in ("four", "bits")}
+    service = load_service(str(folder / "model"), places, Settings("fp32"))
+    assert service.adapters.base.quantization == "nf4"
+    service.engine.start()
+    client = Client.__new__(Client)
+    client.base, client.adapters, client.engine = service.adapters.base, service.adapters, service.engine
+    jobs = {name: client.job(name, QUESTIONS[0]) for name in (None, "four", "bits")}
+    for name, job in jobs.items():
+        assert job.done.wait(30)
+        entry = store.load(base, places[name], name).name if name else None
+        row = job.rows[0]
+        right = generate(base, [row.prompt], entry, max_new_tokens=row.max_tokens, stop_ids=row.stop_ids)[0]
+        assert row.ids == right
+    assert len({tuple(job.rows[0].ids) for job in jobs.values()}) == 3
+    assert service.engine.stop()

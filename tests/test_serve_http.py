@@ -8,15 +8,21 @@ from contextlib import contextmanager
 
 import pytest
 import served
+import torch
 
-from graft.errors import UsageError
+from graft.errors import GraftError, UsageError
+from graft.files import sha256_of
 from graft.model import load_base
+from graft.rendering import jinja
+from graft.rendering.render import Renderer
 from graft.serve.adapters import Adapters
 from graft.serve.app import Service, make_app
 from graft.serve.batch import Batch
 from graft.serve.engine import Engine
 from graft.serve.metrics import Meter
+from graft.serve.replies import refusal_of
 from graft.serve.security import Access, Guard, Limits
+from graft.serve.start import Settings, load_service
 from graft.serve.state import State
 
 CHAT = {"model": "lora", "messages": [{"role": "user", "content": "abc"}], "max_tokens": 3, "temperature": 0}
@@ -295,3 +301,88 @@ def test_the_description_is_true(guard):
     assert found.total() > 500
     assert found[200] > 40
     assert found[400] > 100
+
+
+ATTACKS = {
+    "reaches": "{{ ''.__class__.__mro__[1].__subclasses__() }}", "lipsum": "{{ lipsum.__globals__['os'].system('id') }}",
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "grows": "{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}",
+}  # fmt: skip
+LATER = "{% for m in messages %}{{ m.content }}{% if 'zz' in m.content %}%s{% endif %}{% endfor %}"
+
+
+def test_templates_that_attack_are_refused(folder, monkeypatch):
+    """By a server that starts with them, by one that is told to load them, and where only a request sets them off."""
+    monkeypatch.setattr(jinja, "_SECONDS", 0.4)
+    base = load_base(str(folder / "model"))
+    root = (folder / "adapters").resolve()
+    for name, template in ATTACKS.items():
+        place = served.write_adapter(base, root / name, "lora")
+        about = json.loads((place / "graft.json").read_text())
+        (place / "chat_template.jinja").write_text(template)
+        told = about | {"template": {"sha256": sha256_of(place / "chat_template.jinja")}}
+        (place / "graft.json").write_text(json.dumps(told))
+        with pytest.raises(GraftError, match=r"sandbox|more than|undefined|refuses"):
+            load_service(str(folder / "model"), {"x": place}, Settings())
+    with service(folder, root=root) as guard:
+        inside = served.Inside(guard)
+        for name in ATTACKS:
+            status, answer = inside.post("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": name})
+            assert status == 400, answer
+            assert str(folder) not in json.dumps(answer)
+        assert inside.post("/v1/chat/completions", CHAT)[0] == 200
+        plain = guard.service.adapters.find("lora")
+        for template in ATTACKS.values():
+            plain.renderer = Renderer(base.tokenizer, LATER.replace("%s", template))
+            assert inside.post("/v1/chat/completions", CHAT)[0] == 200
+            body = CHAT | {"messages": [{"role": "user", "content": "zz"}]}
+            status, answer = inside.post("/v1/chat/completions", body)
+            assert status == 400, answer
+            assert shaped(answer)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_scores_that_are_no_numbers_are_told(folder, stream):
+    with service(folder) as guard:
+        inside = served.Inside(guard)
+        adapters = guard.service.adapters
+        with torch.no_grad():
+            for _, tensor in adapters.base.adapters[adapters.find("lora").key].trainable():
+                tensor.fill_(float("nan"))
+        body = json.dumps(CHAT | {"stream": stream}).encode()
+        status, _, text = inside.request("POST", "/v1/chat/completions", body)
+        answer = json.loads(text.split(b"data: ")[-1] if stream else text)
+        assert status == (200 if stream else 500)
+        assert shaped(answer)
+        assert answer["error"]["code"] == "unsound_scores"
+        assert answer["error"]["type"] == "server_error"
+        assert inside.post("/v1/chat/completions", CHAT | {"model": "prompt"})[0] == 200
+        metrics = inside.request("GET", "/metrics")[2].decode()
+        assert 'graft_unsound_total{model="lora"} 1.0' in metrics
+        assert guard.service.engine.stop(5)
+        assert "graft_running_rows 0.0" in guard.service.meter.text().decode()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_while_it_answers_tells_no_path(folder, tmp_path, stream):
+    """An adapter that was taken out of memory, and whose folder is damaged when it is read again."""
+    place = served.write_adapter(load_base(str(folder / "model")), tmp_path / "in a folder" / "late", "lora")
+    with service(folder, names=("prompt",)) as guard:
+        adapters = guard.service.adapters
+        guard.service.engine.install(adapters.prepare("late", place)).result(30)
+        guard.service.engine.call(lambda: adapters._take_out(adapters.find("late"))).result(30)
+        (place / "adapter_config.json").write_text("{")
+        body = json.dumps(CHAT | {"model": "late", "stream": stream}).encode()
+        status, _, text = served.Inside(guard).request("POST", "/v1/chat/completions", body)
+        assert status == (200 if stream else 400)
+        assert b"not JSON" in text
+        assert b"in a folder" not in text
+        assert str(tmp_path).encode() not in text
+
+
+def test_paths_in_errors_are_cut():
+    for said, told in (
+        ("/home/a/b.json: bad", "b.json: bad"), ("in '/srv/x y' and ~/k/l", "in 'x y' and l"),
+        ("a/b of 3 and/or /v", "a/b of 3 and/or v"), ("made for ../../x/base, else", "made for base, else"),
+    ):  # fmt: skip
+        assert refusal_of(UsageError(said), (("/srv/x y", "x y"),)).message == told

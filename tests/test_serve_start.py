@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import bases
 import pytest
 import served
+import tiny
 
 from graft.cli.serve import serve
 from graft.errors import ResourceError, UsageError
@@ -57,8 +59,7 @@ def test_an_error_is_one_line(folder):
 
 
 def test_addresses_that_are_taken_or_unknown():
-    with bind("127.0.0.1", 0) as first:
-        first.listen()
+    with bind("127.0.0.1", 0) as first:  # no second server, while the first one still loads its model
         port = first.getsockname()[1]
         with pytest.raises(ResourceError, match=f"port {port} of 127.0.0.1 cannot be used"):
             bind("127.0.0.1", port)
@@ -182,3 +183,10 @@ def test_vllm_is_started_in_the_place_of_this_process(folder, tmp_path):
     assert given[:2] == ["serve", str(folder / "model")]
     assert "a-long-secret" not in given
     assert (key, other) == ("a-long-secret", None)
+
+
+def test_encoder_decoders_without_a_classifier_are_refused_at_the_start(tmp_path):
+    tiny.write_model(tmp_path / "t5")  # for its tokenizer
+    bases.make("t5").model.save_pretrained(tmp_path / "t5")
+    with pytest.raises(UsageError, match="an encoder-decoder: it serves classifiers, and none is given"):
+        serve(str(tmp_path / "t5"), port=0)

@@ -31,14 +31,14 @@ def serving_page() -> str:
     mixes = "; ".join(f"*{name}*: {', '.join(mix)}" for name, mix in run["mixes"].items())
     parts = [
         "# Speed of serving",
-        "Rows of one batch can go through different adapters of different methods. While decoding, the parts of all adapters at a"
-        " place run as one product where they have that form (LoRA, DoRA, AdaLoRA, (IA)³, bottleneck and parallel adapters); others"
-        " run one after another on their own rows. Prompts, training and compiled code use a product for each adapter.",
+        "Rows of one batch can go through different adapters of different methods. The parts of all adapters at a"
+        " place run as one batched product where they have that form (LoRA, DoRA, AdaLoRA, (IA)³, bottleneck and parallel adapters); others"
+        " run one after another on their own rows. Training and compiled code use a product for each adapter.",
         "This page is written by `make docs` from `docs/results/serving.json`.",
         f"{run['model']}, {run['rows']} requests of {run['read']} tokens in and {run['written']} out, greedy, each through an adapter of its own,"
-        f" through `graft.generate`; {mixes}. The adapters are random, LoRA of rank 8 at queries and values, the others with their defaults."
-        " peft decodes with transformers' `generate`, with the cache and without gradients; it has LoRA only here, one request after another"
-        " (`set_adapter`) or in one batch (`adapter_names`).",
+        f" as the server writes them, from the first prompt to the last token; {mixes}. The adapters are random, LoRA of rank 8 at queries and"
+        " values, the others with their defaults. peft decodes with transformers' `generate`, with the cache and without gradients: one request"
+        " after another (`set_adapter`; a base for each method, so that changing methods costs it nothing), or LoRA in one batch (`adapter_names`).",
         "\n".join(batches),
         "\n".join(faster),
         "## Latency at batch 1",

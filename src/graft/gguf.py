@@ -19,7 +19,7 @@ from graft.fetch import Report
 if TYPE_CHECKING:
     import torch
 
-VERSION = 1
+VERSION = 2
 """Counts the changes of what `convert` writes, so that folders of an older Graft are made again."""
 
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")

@@ -199,8 +199,9 @@ def exported_lines(manifest: dict[str, Any]) -> list[str]:
     else:
         far = checks["file_and_model"]
         lines.append(
-            f"scores differ from the model's by {far['largest']:.2g} at most, their divergence is {far['kl']:.2g} "
-            f"nats{_agreed(far['top1'], far['positions'])}"
+            f"scores differ from the model's by {far['largest']:.2g} at most (from those of the model with its weights "
+            f"rounded as in the file by {checks['file_and_rounded']['largest']:.2g}), their divergence is "
+            f"{far['kl']:.2g} nats{_agreed(far['top1'], far['positions'])}"
         )
         file = next(name for name in manifest["files"] if name.endswith(".gguf"))
         run = f"ollama create NAME -f {folder}/Modelfile" if kind == "ollama" else f"llama-cli -m {folder}/{file}"

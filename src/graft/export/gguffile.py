@@ -111,7 +111,8 @@ def write_vocabulary(path: Path, config: Any, layout: Layout, vocabulary: Vocabu
 def write_gguf(
     base: Base, path: Path, title: str, quant: str, layout: Layout, vocabulary: Vocabulary, speech: Speech, tell: Watch
 ) -> Written:
-    """Write a base, in fp32 in memory, as a GGUF file; one tensor is converted at a time.
+    """Write a base, in fp32 in memory, as a GGUF file; one tensor is converted at a time, and rounded in the base to
+    what the file holds of it.
 
     Raises `UsageError` for numbers that the format cannot hold.
     """
@@ -137,7 +138,10 @@ def write_gguf(
             tell(f"writing {path.name}", index / len(names))
             data, back = _converted(name, state[name], kinds[name], base.config, layout)
             writer.write_tensor_data(data)
-            bits[name] = digest(back.to(dtype).float())
+            back = back.to(dtype).float()
+            bits[name] = digest(back)
+            with torch.no_grad():
+                state[name].copy_(back)
     finally:
         writer.close()
     rows = Counter(kinds.values())

@@ -82,14 +82,15 @@ def export_gguf(origin: Origin, work: Path, wanted: Wanted, tell: Watch) -> dict
     base, rows, expected, checks = _model(origin, wanted, tokens, tell)
     check_room(work, file_bytes(base, layout, wanted.quant))
     path = work / f"{origin.name}-{wanted.quant}.gguf"
+    fingerprint = base.fingerprint
     written = write_gguf(
         base, path, _title(origin.name), wanted.quant, layout, tokens.vocabulary, tokens.speech,
         lambda phase, share: tell(phase, 0.4 + 0.3 * share),
     )  # fmt: skip
-    fingerprint = base.fingerprint
+    rounded = scores_of(base, None, rows)
     del base  # reading takes as much memory again
     tell("reading what was written", 0.7)
-    checks |= _read_again(path, work, rows, expected, written, wanted.quant, tokens)
+    checks |= _read_again(path, work, rows, (expected, rounded), written, wanted.quant, tokens)
     longest, note = context_length(config)
     notes = [*tokens.vocabulary.notes, *([note] if note else []), *_told(written, tokens)]
     if wanted.ollama:
@@ -224,10 +225,11 @@ def _model(
 
 
 def _read_again(
-    path: Path, work: Path, rows: Sequence[Sequence[int]], expected: Sequence[Tensor], written: Written, quant: str,
-    tokens: _Tokens,
+    path: Path, work: Path, rows: Sequence[Sequence[int]], expected: tuple[list[Tensor], list[Tensor]],
+    written: Written, quant: str, tokens: _Tokens,
 ) -> dict[str, Any]:  # fmt: skip
-    """Read a file as `load_base` does and compare it; raises `DamagedError` where it is not the model."""
+    """Read a file as `load_base` does and compare it with the `expected` scores of the model and of the model with its
+    weights rounded as in the file; raises `DamagedError` where it is not the model."""
     with TemporaryDirectory(dir=work, prefix=".read-") as folder:
         try:
             convert(path, Path(folder), lambda phase, share: None, FAMILIES)
@@ -241,12 +243,22 @@ def _read_again(
                 f"{len(changed)} of {len(written.bits)} tensors are not what was to be written, first {changed[0]}",
                 "check the disk",
             )
-        agreed = compare(expected, scores_of(base, None, rows))
+        found = scores_of(base, None, rows)
+        agreed, same = compare(expected[0], found), compare(expected[1], found)
+        if not same.largest <= LARGEST["f32"] * max(1.0, same.scale):
+            raise DamagedError(
+                f"the file holds the right numbers, but its scores differ by {same.largest:.3g} from those of the "
+                "model with these numbers: its settings are others",
+                "please report this",
+            )
         _check_close(agreed, quant)
         prompts = _check_prompts(tokens, base.tokenizer)
         del state, base
     bound = {"largest": LARGEST[quant] * max(1.0, agreed.scale)} if quant in LARGEST else {"kl": DIVERGENCE[quant]}
-    return {"tensors": len(written.bits), "prompts": prompts, "file_and_model": agreed.as_dict(), "bound": bound}
+    return {
+        "tensors": len(written.bits), "prompts": prompts, "file_and_model": agreed.as_dict(), "bound": bound,
+        "file_and_rounded": same.as_dict(),
+    }  # fmt: skip
 
 
 def _check_close(agreed: Agreement, quant: str) -> None:

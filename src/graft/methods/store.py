@@ -365,9 +365,16 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         remedy = "save it again as safetensors: .bin files can run code when read" if pickled else "save it again"
         raise DamagedError(f"{folder}: adapter_model.safetensors is missing", remedy)
     try:
-        return dict(load_file(path))
+        tensors = dict(load_file(path))
     except (SafetensorError, OSError, ValueError) as error:
         raise DamagedError(f"{path}: {error}", "the file is cut off or altered") from None
+    unsound = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if unsound:
+        raise DamagedError(
+            f"{folder}: {len(unsound)} of {len(tensors)} tensors hold values that are no numbers, first {unsound[0]}",
+            "its training failed: take an earlier checkpoint, or train it again",
+        )
+    return tensors
 
 
 def _public_name(name: str) -> str:

@@ -189,13 +189,7 @@ class Adapters:
         False where rows run through all adapters in memory: no more are then let into one of them, and a later call
         will find it idle. Raises what `store.load` raises.
         """
-        giving, self._giving = self._giving, None  # an error leaves nobody barred
-        if not self.bring(version):
-            self._giving = (
-                giving
-                if giving in self._attached
-                else min((held for held in self._attached if not held.in_place), key=lambda held: self._running[held])
-            )
+        if not self.insist(version):
             return False
         if version.task == "none":
             self._take_out(version)
@@ -207,6 +201,23 @@ class Adapters:
                 before.current = False
         self.sweep()
         return True
+
+    def insist(self, version: Version) -> bool:
+        """Like `bring`; but where rows run through all adapters in memory, no more are let into one of them from now on,
+        so that a later call finds a place."""
+        giving, self._giving = self._giving, None  # an error leaves nobody barred
+        if self.bring(version):
+            return True
+        self._giving = (
+            giving
+            if giving in self._attached
+            else min((held for held in self._attached if not held.in_place), key=lambda held: self._running[held])
+        )
+        return False
+
+    def unbar(self) -> None:
+        """Nobody waits for a place any more."""
+        self._giving = None
 
     def remove(self, name: str) -> None:
         """Let a name mean nothing any more. Raises `UnknownModel`."""

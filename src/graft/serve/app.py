@@ -106,7 +106,9 @@ def _answers(app: FastAPI, service: Service) -> None:
         answer = answering(engine, version, body)
         notes["prompt_tokens"] = answer.prompts
         if body.stream:
-            return streamed(answer, usage, lambda: _note(notes, answer))
+            return streamed(
+                answer, usage, lambda: _note(notes, answer), lambda error: refusal_of(error, service.hidden)
+            )
         try:
             return await whole(answer, request)
         finally:

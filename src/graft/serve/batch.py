@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from graft.decoding import BLOCK, Decoder
+from graft.errors import GraftError
 from graft.model import Base
 from graft.routing import Route
 from graft.sampling import GREEDY, Draws, Sampling, choose_each
@@ -28,8 +29,12 @@ second.
 _PATIENCE = 4
 """Steps after which waiting rows join however few they are."""
 
-Ending = Literal["stop", "length"]
-"""What ended a row: a stop id or stop string, or a limit."""
+Ending = Literal["stop", "length", "unsound"]
+"""What ended a row: a stop id or stop string, a limit, or scores that are no numbers."""
+
+
+class Unsound(GraftError):
+    """Scores that are no numbers, of which no answer can be made: weights are damaged, or too large for the format."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class Row:
             self.ending = "length"
 
     def end(self, ending: Ending) -> None:
-        """End it from outside: a stop string was written."""
+        """End it from outside: a stop string was written, or there is nothing to go on with."""
         self.ending = ending
 
 
@@ -288,13 +293,17 @@ def _columns(rows: Sequence[Row]) -> int:
 
 
 def _choose(rows: Sequence[Row], scores: Tensor, decoder: Decoder) -> list[tuple[Row, Token]]:
-    """The next token of every row that goes on; all of them go into the decoder."""
+    """The next token of every row that goes on; all of them go into the decoder. A row whose best score is no number
+    ends with none."""
+    sound = scores.amax(dim=-1).isfinite().tolist()
     tokens = choose_each(scores, [row.sampling for row in rows], [row.draws for row in rows])
     going = [_goes(row) for row in rows]
     told = _shares(rows, scores, tokens)
     written = []
     for place, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-        if going[place]:
+        if going[place] and not sound[place]:
+            row.end("unsound")
+        elif going[place]:
             row.take(token)
             written.append((row, told.get(place, Token(token))))
     decoder.add(tokens, torch.tensor([_goes(row) for row in rows], device=tokens.device))

@@ -16,7 +16,7 @@ from typing import TypeVar
 from graft.errors import GraftError, ResourceError, UsageError
 from graft.limits import is_memory
 from graft.serve.adapters import Adapters, Version
-from graft.serve.batch import Batch, Ending, Row, Token
+from graft.serve.batch import Batch, Ending, Row, Token, Unsound
 from graft.serve.metrics import Meter
 from graft.serve.speech import Speech
 from graft.serve.texts import Texts, TextsQueue
@@ -252,6 +252,8 @@ class Engine:
         del self._installs[0]
 
     def _turn(self) -> None:
+        if not (self._installs or self._texts.waiting):
+            self.adapters.unbar()
         if self._installs:
             self._install()
         if self._texts.waiting:
@@ -302,6 +304,11 @@ class Engine:
 
     def _settle(self) -> None:
         """Let go of rows that have ended, and of versions that were needed by them alone."""
+        for job in {id(job): job for row, (job, _) in self._jobs.items() if row.ending == "unsound"}.values():
+            if not job.failed:
+                name = job.version.name
+                self.meter.unsound(name)
+                self._fail(job, Unsound(f"the scores of {name!r} are no numbers", "its weights are damaged"))
         for row in [row for row in self._jobs if row.ending is not None or row.cancelled]:
             job, _ = self._jobs.pop(row)
             with self._lock:

@@ -40,6 +40,9 @@ class Meter:
         self._used = Gauge("graft_kv_columns", "Columns of keys and values that are promised.", registry=registry)
         self._attached = Gauge("graft_adapters_attached", "Adapters in memory.", registry=registry)
         self._retries = Counter("graft_retries", "Steps done again with fewer rows: no memory.", registry=registry)
+        self._unsound = Counter(
+            "graft_unsound", "Requests that failed: scores were no numbers.", ["model"], registry=registry
+        )
         self._faults = Counter("graft_faults", "Steps that failed.", registry=registry)
 
     def text(self) -> bytes:
@@ -79,6 +82,11 @@ class Meter:
         self._running.set(running)
         self._used.set(columns)
         self._attached.set(attached)
+
+    def unsound(self, model: str) -> None:
+        """The scores of a request were no numbers."""
+        self._unsound.labels(model).inc()
+        self._say("unsound", f"the scores of {model} are no numbers")
 
     def retried(self) -> None:
         """Memory ran out in a step."""

@@ -1,6 +1,7 @@
 """What answers look like: OpenAI's shapes, and the errors in them."""
 
 import json
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -8,7 +9,11 @@ from starlette.responses import Response
 
 from graft.errors import GraftError, ResourceError, UsageError
 from graft.serve.adapters import Loading, UnknownModel
+from graft.serve.batch import Unsound
 from graft.serve.engine import Full, Stopping
+
+_PATH = re.compile(r"(?<![\w.:/])(?:~|\.{0,2})(?:/[^\s:;,'\"()/]+)+/?")
+"""Paths in a text, of which no answer tells more than the last part."""
 
 
 class ErrorBody(BaseModel):
@@ -184,8 +189,8 @@ class Refusal(Exception):
 
 
 def refusal_of(error: Exception, hide: tuple[tuple[str, str], ...] = ()) -> Refusal:
-    """An error as the client sees it: those of Graft in their words, with paths of `hide` replaced; of others only that
-    there was one.
+    """An error as the client sees it: those of Graft in their words, with paths of `hide` replaced and of any other the
+    last part alone; of errors that are not Graft's only that there was one.
     """
     if isinstance(error, Refusal):
         return error
@@ -194,6 +199,9 @@ def refusal_of(error: Exception, hide: tuple[tuple[str, str], ...] = ()) -> Refu
     said = str(error)
     for path, instead in hide:
         said = said.replace(path, instead)
+    said = _PATH.sub(lambda found: found[0].rstrip("/").rpartition("/")[2], said)
+    if isinstance(error, Unsound):
+        return Refusal(500, said, code="unsound_scores")
     if isinstance(error, UnknownModel):
         return Refusal(404, said, param="model", code="model_not_found")
     if isinstance(error, Loading):

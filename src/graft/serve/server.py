@@ -17,10 +17,11 @@ from graft.serve.security import Access, Guard, Limits, log_line
 
 _HEADER_BYTES = 64 * 2**10
 _MOST_CONNECTIONS = 1024
+_BACKLOG = 2048
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at an address, before anything is loaded. Raises `ResourceError` where it is taken."""
+    """A socket that listens at an address, before anything is loaded: who asks meanwhile waits. Raises `ResourceError` where it is taken."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError):
@@ -29,6 +30,7 @@ def bind(host: str, port: int) -> socket.socket:
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind(address)
+        found.listen(_BACKLOG)  # or a second server could bind it too, and would fail when its model is loaded
     except OSError as error:
         found.close()
         said = f"port {port} of {host} cannot be used ({error.strerror})"

@@ -11,7 +11,7 @@ from starlette.responses import Response, StreamingResponse
 from graft.serve.answers import Answering
 from graft.serve.batch import Token
 from graft.serve.engine import Ended
-from graft.serve.replies import json_reply, refusal_of
+from graft.serve.replies import Refusal, json_reply, refusal_of
 
 
 async def whole(answer: Answering, request: Request) -> Response:
@@ -46,15 +46,24 @@ async def _watch(request: Request, answer: Answering) -> None:
     answer.drop()
 
 
-def streamed(answer: Answering, include_usage: bool, done: Callable[[], None]) -> Response:
+def streamed(
+    answer: Answering,
+    include_usage: bool,
+    done: Callable[[], None],
+    refuse: Callable[[Exception], Refusal] = refusal_of,
+) -> Response:
     """Server-sent events: the role, pieces, what ended each answer, the usage if asked for, and [DONE]. `done` is
-    called behind the last, or when the client went away.
+    called behind the last, or when the client went away; `refuse` says what the client is told of an error.
     """
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_events(answer, include_usage, done), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(
+        _events(answer, include_usage, done, refuse), media_type="text/event-stream", headers=headers
+    )
 
 
-async def _events(answer: Answering, include_usage: bool, done: Callable[[], None]) -> AsyncIterator[str]:
+async def _events(
+    answer: Answering, include_usage: bool, done: Callable[[], None], refuse: Callable[[Exception], Refusal]
+) -> AsyncIterator[str]:
     kind = "chat.completion.chunk" if answer.chat else "text_completion"
     more = {"usage": None} if include_usage else {}
 
@@ -77,7 +86,7 @@ async def _events(answer: Answering, include_usage: bool, done: Callable[[], Non
             else:
                 yield event(one.index, one.text, one.tokens)
     except Exception as error:
-        yield f"data: {bytes(refusal_of(error).reply().body).decode()}\n\n"
+        yield f"data: {bytes(refuse(error).reply().body).decode()}\n\n"
         return
     finally:
         answer.job.cancel()

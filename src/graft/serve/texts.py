@@ -1,5 +1,6 @@
 """Texts to classify, in batches whose rows go through different adapters and end in their heads."""
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -15,7 +16,7 @@ from graft.objectives.classify import LabelledExample, collate, encode
 from graft.parts.head import scores
 from graft.routing import Route
 from graft.serve.adapters import Adapters, Version
-from graft.serve.batch import STRIDE
+from graft.serve.batch import STRIDE, Unsound
 
 _MOST_ROWS = 32
 
@@ -108,7 +109,9 @@ class TextsQueue:
             if group and not _alike((texts, index), group[0]):
                 break
             try:
-                if not self.adapters.bring(texts.version):
+                # The first insists on a place: rows that follow each other through all of them would keep it out.
+                bring = self.adapters.bring if group else self.adapters.insist
+                if not bring(texts.version):
                     break
             except (GraftError, OSError) as error:
                 _fail(texts, error)
@@ -130,6 +133,8 @@ class TextsQueue:
         route = Route.of([texts.version.key for texts, _ in group], base.device)
         shares = scores(base, batch, route).float().softmax(dim=-1).tolist()
         for (texts, index), row in zip(group, shares, strict=True):
+            if not all(map(math.isfinite, row)):
+                _fail(texts, Unsound(f"the scores of {texts.version.name!r} are no numbers", "its weights are damaged"))
             texts.found[index] = row
             if len(texts.found) == len(texts.rows) and not texts.future.done():
                 texts.future.set_result([texts.found[number] for number in range(len(texts.rows))])
