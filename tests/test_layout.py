@@ -43,6 +43,7 @@ ORDER_WITHIN = {
     ],
     "objectives": ["base", "templated", "causal", "online", "*"],
     "planning": ["fake", "live", "step", "catalogue", "machine", "simulate", "smaller", "plan", "preflight"],
+    "advice": ["rules", "choice", "case", "evidence", "ruled", "measured", "fit", "recommend"],
     "cli": [
         *("shared", "runs", "export", "look", "hardware", "plan", "recommend", "data", "chat", "serve", "doctor"),
         "commands",

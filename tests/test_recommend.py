@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import tiny
 
+from graft.advice.case import GOALS, case_of
+from graft.advice.evidence import gather
+from graft.advice.recommend import recommend
+from graft.advice.ruled import by_rules
+from graft.advice.rules import RULES
 from graft.cli import app
 from graft.errors import ResourceError, UsageError
-from graft.evidence import gather
 from graft.planning.machine import known
 from graft.recipe import Recipe, read_recipe
-from graft.recommend import GOALS, RULES, recommend
 
 ROOT = Path(__file__).parents[1]
 GB = 1 << 30
@@ -30,7 +33,7 @@ def recipe(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_alternatives(monkeypatch):
     """Most tests look at what is chosen: the next choices take two more plans."""
-    monkeypatch.setattr("graft.recommend.ALTERNATIVES", 0)
+    monkeypatch.setattr("graft.advice.fit.ALTERNATIVES", 0)
 
 
 def settings_of(found):
@@ -67,7 +70,7 @@ def verdict(first, second, outcome, difference):
 
 
 def test_rules_without_measurements(recipe, monkeypatch):
-    monkeypatch.setattr("graft.recommend.ALTERNATIVES", 2)
+    monkeypatch.setattr("graft.advice.fit.ALTERNATIVES", 2)
     found = recommend(recipe, memory=64 * GB)
     told = settings_of(found)
     assert (found.method, told["r"].value, told["lora_alpha"].value) == ("lora", 8, 16)
@@ -130,24 +133,25 @@ def test_a_goal_rules_out_what_does_not_serve_it(recipe, tmp_path, goal):
 
 @pytest.mark.slow
 def test_a_large_model_on_a_small_card_is_quantized_and_fits():
-    found = recommend(model="llama-3.2-1b", rows=5000, memory=4 * GB, machine=known("rtx-4080"))
+    # Two rows of a small vocabulary: a plan takes as long as it has passes and chunks of scores.
+    two = {"training": {"per_device_train_batch_size": 2}}
+    found = recommend(model="llama-2-7b", rows=5000, memory=9 * GB, settings=two, machine=known("rtx-4080"))
     told = settings_of(found)
     assert told["quantization"].value == "nf4"
     assert told["r"].value == 8
-    assert found.peak <= 4 * GB
+    assert found.peak <= 9 * GB
     size = told["per_device_train_batch_size"].value
-    assert int(size) * int(told["gradient_accumulation_steps"].value) == 16
+    assert int(size) * int(told["gradient_accumulation_steps"].value) == 2
+    assert int(size) == 1
     assert found.run_seconds
     assert found.recipe is None
 
 
 def test_more_rows_than_a_million_say_full(recipe):
-    from graft.recommend import _by_rules, _case
-
-    case = _case(None, "llama-3.2-1b", 2_000_000, {}, 80 * GB, None, "quality")
-    assert _by_rules(case, []).method.name == "full"
-    case = _case(None, "llama-3.2-1b", 50_000, {}, 80 * GB, None, "quality")
-    method = _by_rules(case, []).method
+    case = case_of(None, "llama-3.2-1b", 2_000_000, {}, 80 * GB, None, "quality")
+    assert by_rules(case, []).method.name == "full"
+    case = case_of(None, "llama-3.2-1b", 50_000, {}, 80 * GB, None, "quality")
+    method = by_rules(case, []).method
     assert (method.r, method.lora_alpha) == (32, 64)
 
 

@@ -1,6 +1,6 @@
 """docs/recommend.md: the rules of recommendations."""
 
-from graft.recommend import RULES
+from graft.advice.rules import RULES
 
 
 def recommend_page() -> str:

@@ -12,9 +12,9 @@ from graft.cli.shared import (
     Json,
     Memory,
     given_recipe,
-    memory_limit,
-    planned_for,
+    planning,
     run_bar,
+    source_and_settings,
     terminal,
 )
 
@@ -49,10 +49,7 @@ def plan(
     from graft.errors import UsageError
     from graft.planning.machine import parse_memory
 
-    settings = list(assignments or [])
-    recipe = given
-    if given is not None and model is not None and "=" in given:
-        recipe, settings = None, [given, *settings]
+    recipe, settings = source_and_settings(given, assignments, model)
     if (recipe is not None) + (model is not None) + (fits is not None) != 1:
         raise UsageError("give one of a recipe, --model and --fits", "see graft plan --help")
     if fits is not None:
@@ -60,11 +57,7 @@ def plan(
             raise UsageError("--fits takes no methods, settings or memory of its own", "give --device at most")
         _print_fits(parse_memory(fits), device, as_json)
         return
-    if memory is not None:
-        parse_memory(memory)  # a fault in it is told before this machine is measured
-    with run_bar(as_json) as bar:
-        machine = planned_for(device, bar)
-        limit = memory_limit(memory, device, machine)
+    with planning(memory, device, as_json) as (machine, limit, bar):
         found = _planned(recipe, settings, methods, model, limit, machine, bar)
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=2))

@@ -13,14 +13,13 @@ from graft.cli.shared import (
     Json,
     Memory,
     given_recipe,
-    memory_limit,
-    planned_for,
-    run_bar,
+    planning,
+    source_and_settings,
     terminal,
 )
 
 if TYPE_CHECKING:
-    from graft.recommend import Recommendation
+    from graft.advice.recommend import Recommendation
 
 _DECIDED = ("method", "methods", "quantization")
 """Settings that are what is recommended."""
@@ -46,15 +45,11 @@ def recommend(
     as_json: Json = False,
 ) -> None:
     """Recommend a method and its settings, with the reasons: measured comparisons first, rules of the field else."""
+    from graft.advice.case import GOALS
+    from graft.advice.recommend import recommend as decide
     from graft.errors import UsageError, nearest
-    from graft.planning.machine import parse_memory
-    from graft.recommend import GOALS
-    from graft.recommend import recommend as decide
 
-    settings = list(assignments or [])
-    source = given
-    if given is not None and model is not None and "=" in given:
-        source, settings = None, [given, *settings]
+    source, settings = source_and_settings(given, assignments, model)
     if (source is None) == (model is None):
         raise UsageError("give one of a recipe and --model", "see graft recommend --help")
     if goal not in GOALS:
@@ -63,16 +58,13 @@ def recommend(
         raise UsageError("--write needs a recipe, since a recipe names its data", "give a recipe in place of --model")
     if write is not None and write.exists():
         raise UsageError(f"{write} exists", "choose another name for --write")
-    if memory is not None:
-        parse_memory(memory)  # a fault in it is told before this machine is measured
     folder = _folder(runs)
     values = _values(settings)
     recipe = given_recipe(source, settings) if source is not None else None
-    with run_bar(as_json) as bar:
-        machine = planned_for(device, bar)
+    with planning(memory, device, as_json) as (machine, limit, bar):
         found = decide(
-            recipe, model=model, rows=rows, settings=values, memory=memory_limit(memory, device, machine),
-            machine=machine, goal=goal, runs=folder, watch=bar,
+            recipe, model=model, rows=rows, settings=values, memory=limit, machine=machine, goal=goal, runs=folder,
+            watch=bar,
         )  # fmt: skip
     if write is not None:
         _write(found, write)
@@ -124,7 +116,7 @@ def _write(found: "Recommendation", path: Path) -> None:
 
 
 def _print(found: "Recommendation", written: Path | None) -> None:
-    from graft.recommend import size
+    from graft.advice.fit import size
 
     screen = terminal()
 

@@ -36,22 +36,32 @@ def given_recipe(source: str, assignments: list[str] | None, quiet: bool = False
     return read_recipe(source if source != "-" else None, assignments or [], text, note)
 
 
-def planned_for(device: str | None, bar: Callable[[str, float], None]) -> "Machine":
-    """The card of this name, or this machine, which is measured the first time."""
-    from graft.planning.machine import known, measured
+def source_and_settings(
+    given: str | None, assignments: list[str] | None, model: str | None
+) -> tuple[str | None, list[str]]:
+    """The recipe of a command line and its settings: with `--model` the first word is a setting too."""
+    if given is not None and model is not None and "=" in given:
+        return None, [given, *(assignments or [])]
+    return given, list(assignments or [])
 
-    return known(device) if device is not None else measured(watch=bar)
 
-
-def memory_limit(given: str | None, device: str | None, machine: "Machine") -> int:
-    """Bytes that a run may take: as given, or all of a card, or what is free here."""
+@contextmanager
+def planning(
+    memory: str | None, device: str | None, silent: bool
+) -> Iterator[tuple["Machine", int, Callable[[str, float], None]]]:
+    """What a run is planned for, and a bar: the card of this name, or this machine, which is measured the first time,
+    and the bytes that it may take, as given, or all of a card, or what is free here.
+    """
     import torch
 
-    from graft.planning.machine import free_memory, parse_memory
+    from graft.planning.machine import free_memory, known, measured, parse_memory
 
-    if given is not None:
-        return parse_memory(given)
-    return machine.memory if device is not None else free_memory(torch.device(machine.kind))
+    limit = None if memory is None else parse_memory(memory)  # a fault in it is told before this machine is measured
+    with run_bar(silent) as bar:
+        machine = known(device) if device is not None else measured(watch=bar)
+        if limit is None:
+            limit = machine.memory if device is not None else free_memory(torch.device(machine.kind))
+        yield machine, limit, bar
 
 
 def stem(recipe: str) -> str:

@@ -1,0 +1,1 @@
+"""What to choose, with reasons: rules of the field, finished comparisons, and what fits."""
