@@ -7,13 +7,17 @@ import subprocess
 import sys
 
 import pytest
+import tiny_chat
 from tiny import fillers, rows, write_model, write_rows
 
 from graft.curation import private, signs
 from graft.curation.check import Options, check
 from graft.curation.findings import lengths_of, snippet
 from graft.curation.survey import SIGNS
+from graft.data.dialogue import Message
 from graft.errors import DataError, ModelError
+from graft.model import load_tokenizer
+from graft.rendering.render import Renderer
 
 
 def chat(question: str, answer: str) -> dict:
@@ -453,6 +457,21 @@ def test_tokens_are_counted_and_unknown_ones_told(tmp_path):
     assert 0 < report.finding("too-long").count < 31
     with pytest.raises(ModelError):
         check(str(path), Options(model=str(tmp_path / "none")))
+
+
+def test_dialogues_are_counted_as_they_are_trained(tmp_path):
+    folder = tiny_chat.write_all(tmp_path / "chat")
+    data, model = str(folder / "train.jsonl"), str(folder / "model")
+    renderer = Renderer(load_tokenizer(model))
+    turns = [json.loads(line)["messages"] for line in (folder / "train.jsonl").read_text().splitlines()]
+    tokens = [len(renderer.render([Message(turn["role"], turn["content"]) for turn in row]).ids) for row in turns]
+    _, counted = check(data, Options(model=model)).lengths
+    assert (counted.unit, counted.longest) == ("tokens", max(tokens))
+    assert counted.p50 in tokens
+    plain = tiny_chat.write_all(tmp_path / "plain", None)
+    _, shorter = check(data, Options(model=str(plain / "model"))).lengths
+    assert shorter.unit == "tokens without a chat template"
+    assert shorter.longest < counted.longest
 
 
 # The command ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import random
 import sys
 import time
 import tracemalloc
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from graft.data.formats import read_row, read_rows_of, recognize
 from graft.errors import DataError, GraftError
-from graft.reading import files, lines
+from graft.reading import files, jsonrows, lines
 from graft.reading.files import Faults, iterate_records, read_records
 
 GOOD = '{"prompt": "a", "completion": "b"}\n'
@@ -528,6 +529,43 @@ def test_d19_parquet(tmp_path):
     refused(parquet(tmp_path / "b.parquet", text=["a"], picture=nested), "the column 'picture' holds bytes", line=1)
     whole = parquet(tmp_path / "c.parquet", text=["a" * 500] * 50).read_bytes()
     refused(write(tmp_path / "c.parquet", whole[:-40]), "Parquet that cannot be read", line=1)
+
+
+def test_a_json_array_that_is_too_large_to_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonrows, "MAX_WHOLE", 1_000_000)
+    lines = ["[", *[f'{{"text": "row {number} {"x" * 90}"}},' for number in range(10_000)]]
+    path = write(tmp_path / "a.json", "\n".join(lines)[:-1] + "\n]\n")
+    size = int(refused(path, "a JSON array of more than 1 MB", "one JSON object per line (.jsonl)").split(":")[1])
+    assert 8_000 < size < 10_000  # the line that was one too many: the rest is not read
+    monkeypatch.setattr(jsonrows, "MAX_WHOLE", 2_000_000)
+    assert len(read_records(path)) == 10_000
+
+
+def test_d19_parquet_that_is_a_bomb(tmp_path, monkeypatch):
+    from graft.reading import parquet as reading
+
+    def written(name, texts, **how):
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / name, compression="zstd", **how)
+        return tmp_path / name
+
+    for name in ("BOMB_BYTES", "_BATCH_BYTES"):
+        monkeypatch.setattr(reading, name, 4_000_000)
+    once = written("a.parquet", ["x" * 8_000_000], use_dictionary=False)
+    # One text of 100 kB that 5,000 rows have: 500 MB of 10 kB.
+    often = written("b.parquet", ["x" * 100_000] * 5_000)
+    sizes = []
+    original = reading._check_size
+    monkeypatch.setattr(reading, "_check_size", lambda path, *given: sizes.append(given[1]) or original(path, *given))
+    for path, row in ((once, 1), (often, 40)):  # 39 rows are decoded together
+        assert path.stat().st_size < 40_000
+        refused(path, "Parquet that unpacks to more than 200 times its size", "JSONL", line=row)
+    assert max(sizes) < 9_000_000
+    kept = written("c.parquet", [random_words(200) for _ in range(500)] + ["the same"] * 3_000)
+    assert len(read_records(kept)) == 3_500
+
+
+def random_words(count):
+    return " ".join(random.choice(("sea", "sky", "wide", "blue", "deep", str(random.random()))) for _ in range(count))
 
 
 def test_d19_parquet_values(tmp_path):

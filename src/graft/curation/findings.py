@@ -52,7 +52,7 @@ class Lengths:
     """How long rows are, in characters or tokens."""
 
     unit: str
-    """"characters" or "tokens"."""
+    """"characters" or "tokens"; "tokens without a chat template" where dialogues are counted as texts."""
     p50: int
     """Half of the rows are at most this long."""
     p95: int

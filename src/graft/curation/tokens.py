@@ -5,7 +5,7 @@ from typing import Any
 
 from graft.curation.findings import EXAMPLES, Example, Finding, Lengths, Severity, lengths_of, snippet, view_of
 from graft.curation.private import masked
-from graft.data.dialogue import Dialogue
+from graft.data.dialogue import Dialogue, Graded, Preference
 from graft.data.formats import AnyRow
 
 _PIECE = 512
@@ -24,7 +24,8 @@ def token_findings(
 ) -> tuple[list[Finding], Lengths]:
     """Findings about tokens, and the rows' lengths in tokens.
 
-    Dialogues are counted and cut as training does it where the tokenizer has a chat template, otherwise as texts.
+    Dialogues are counted and cut as training does it where the tokenizer has a chat template, otherwise as texts, which
+    the unit of the lengths says then.
     """
     texts = [view_of(row).whole for row in rows]
     unknown: list[int] = []
@@ -43,12 +44,16 @@ def token_findings(
         severity: Severity = "warning" if share >= 0.01 else "note"
         advice = "choose a model that knows this writing"
         findings.append(Finding("unknown-tokens", len(unknown), share, severity, means, advice, tuple(examples)))
-    dialogues = [row for row in rows if isinstance(row, Dialogue) and (row.prompt or row.plain)]
-    if dialogues and (tokenizer.chat_template or all(row.plain for row in dialogues)):
-        findings += _untrained(tokenizer, dialogues, max_length, tell)
-    else:
-        findings += _too_long(rows, texts, lengths, max_length)
-    return findings, lengths_of("tokens", lengths)
+    dialogues = {
+        place: row for place, row in enumerate(rows) if isinstance(row, Dialogue) and (row.prompt or row.plain)
+    }
+    if dialogues and (tokenizer.chat_template or all(row.plain for row in dialogues.values())):
+        more, rendered = _untrained(tokenizer, list(dialogues.values()), max_length, tell)
+        rest = [length for place, length in enumerate(lengths) if place not in dialogues]
+        return findings + more, lengths_of("tokens", [*rendered, *rest] or lengths)
+    findings += _too_long(rows, texts, lengths, max_length)
+    turns = dialogues or any(isinstance(row, Preference | Graded) for row in rows)
+    return findings, lengths_of("tokens without a chat template" if turns else "tokens", lengths)
 
 
 def _too_long(rows: Sequence[AnyRow], texts: Sequence[str], lengths: Sequence[int], most: int) -> list[Finding]:
@@ -64,8 +69,10 @@ def _too_long(rows: Sequence[AnyRow], texts: Sequence[str], lengths: Sequence[in
 
 def _untrained(
     tokenizer: Any, dialogues: Sequence[Dialogue], max_length: int, tell: Callable[[str, float], None]
-) -> list[Finding]:
-    """What `supervise` says of the dialogues: rows that would train nothing, ends that would not be learnt."""
+) -> tuple[list[Finding], Sequence[int]]:
+    """What `supervise` says of the dialogues: rows that would train nothing, ends that would not be learnt. With it
+    their tokens before anything is cut.
+    """
     from graft.rendering.render import Renderer
     from graft.rendering.supervise import supervise
 
@@ -93,4 +100,4 @@ def _untrained(
         examples = tuple(Example(row.place, "no end of turn") for row in open_ends[:EXAMPLES])
         advice = "use a chat template that ends turns"
         findings.append(Finding("no-end", len(open_ends), share, "warning", means, advice, examples))
-    return findings
+    return findings, report.lengths

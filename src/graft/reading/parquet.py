@@ -8,27 +8,37 @@ from typing import Any
 
 from graft.errors import DataError
 from graft.reading.faults import BadRow, Faults, settle
+from graft.reading.lines import BOMB_BYTES, MAX_RATIO
 
 _BATCH = 256
-"""Rows that are decoded together."""
+"""Rows that are decoded together at most."""
+
+_BATCH_BYTES = 1 << 28
+"""Bytes that the values of one column may take in the rows that are decoded together."""
+
+_DENSE = 20
+"""How many times its packed size a column of texts takes at most, as a rule."""
 
 
 def parquet_rows(path: Path, faults: Faults | None) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row number from 1, row of JSON values) of a Parquet file; dates and decimals become texts.
 
-    Raises `DataError` without pyarrow, for a damaged file, for columns of bytes (such as pickled objects) and
-    for two columns of one name. A row with NaN or an infinite number is a bad row.
+    Raises `DataError` without pyarrow, for a damaged file, for columns of bytes (such as pickled objects), for two
+    columns of one name, and for values that grow beyond `MAX_RATIO` times the file. A row with NaN or an infinite
+    number is a bad row.
     """
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise DataError(f"{path}: pyarrow reads Parquet", "pip install 'graft-tuning[parquet]'") from None
-    number = 0
+    number, size, packed = 0, 0, path.stat().st_size
     try:
         with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             special = _check_columns(path, file.schema_arrow)
-            for batch in file.iter_batches(batch_size=_BATCH, use_threads=False):
+            for batch in file.iter_batches(batch_size=_rows_at_once(path, file.metadata), use_threads=False):
+                size += batch.nbytes
+                _check_size(path, number + 1, size, packed)
                 for row in batch.to_pylist():
                     number += 1
                     try:
@@ -40,6 +50,32 @@ def parquet_rows(path: Path, faults: Faults | None) -> Iterator[tuple[int, dict[
         raise DataError(
             f"{path}:{number + 1}: Parquet that cannot be read ({reason})", "write or fetch the file again"
         ) from None
+
+
+def _check_size(path: Path, number: int, size: int, packed: int) -> None:
+    """Raise `DataError` where `packed` bytes have become too many, as in gzip."""
+    if size > BOMB_BYTES and size > MAX_RATIO * packed:
+        reason = f"Parquet that unpacks to more than {MAX_RATIO} times its size ({size // 10**6} MB so far)"
+        raise DataError(f"{path}:{number}: {reason}", "write it as JSONL yourself if you trust it")
+
+
+def _rows_at_once(path: Path, about: Any) -> int:
+    """How many rows are decoded together. A column's dictionary holds a text once that every row may have, so a small
+    file can fill the memory with one batch: the largest text that there may be counts for each row.
+    """
+    largest = 1
+    for group in range(about.num_row_groups):
+        for index in range(about.row_group(group).num_columns):
+            column = about.row_group(group).column(index)
+            _check_size(path, 1, column.total_uncompressed_size, column.total_compressed_size)
+            if not column.has_dictionary_page:
+                continue
+            dense = column.total_uncompressed_size <= _DENSE * column.total_compressed_size
+            held = _DENSE * (column.data_page_offset - (column.dictionary_page_offset or 0))
+            largest = max(
+                largest, min(held if dense else column.total_uncompressed_size, column.total_uncompressed_size)
+            )
+    return max(1, min(_BATCH, _BATCH_BYTES // largest))
 
 
 def _check_columns(path: Path, schema: Any) -> bool:
