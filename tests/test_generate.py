@@ -146,7 +146,6 @@ def test_a_prompt_that_stands_often_is_read_once(family, use_cache, monkeypatch)
     assert read == [6, 6, 3, 3]
 
 
-
 def test_answers_say_what_ended_them_and_come_in_the_order_given():
     base = adapted("llama")
     prompts = [[7] * (1 + row * 3 % 11) + [row + 3] for row in range(11)]

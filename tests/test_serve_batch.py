@@ -5,7 +5,6 @@ import random
 import pytest
 import torch
 from bases import VOCABULARY, family_of, make, put, suited
-
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from graft.decoding import BLOCK, Decoder
