@@ -130,9 +130,8 @@ def merge_run(
     place = locate(source.model)
     check_output(folder, output, source.holder, Path(place))
     base, adapter, rank = attached(source, rank, quantized, tell)
-    plan = _plan(
-        base, adapter, dtype or checkpoint_dtype(place), base.family.kind == "decoder" or quantized is not None
-    )
+    words = base.family.kind == "decoder" or quantized is not None
+    plan = _plan(base, adapter, dtype or checkpoint_dtype(place), words)
     tell("computing with the adapter attached", 0.3)
     trained = expected = _outputs(base, NAME, plan)
     if original:
@@ -141,10 +140,7 @@ def merge_run(
         expected = _outputs(base, NAME, plan)
     method, kind = method_of(adapter).name, base.family.kind
     tell("merging", 0.4)
-    try:
-        merge_into(base, NAME)
-    except NotMergeable as error:
-        raise NotMergeable(error.message, error.remedy or _INSTEAD) from None
+    _merge(base)
     with whole_folder(folder, rejected) as work:
         tell("writing", 0.5)
         bits = _write(base, plan, work)
@@ -156,20 +152,29 @@ def merge_run(
     how = _kept(trained, found)
     if quantized is not None:
         how["merged_into"] = "original" if original else "dequantized"
+    about = {"folder": str(output), "method": method, "rank": rank, "bytes": folder_bytes(folder)}
+    return about | _described(plan, kind, Path(output), difference) | how
+
+
+def _merge(base: Base) -> None:
+    try:
+        merge_into(base, NAME)
+    except NotMergeable as error:
+        raise NotMergeable(error.message, error.remedy or _INSTEAD) from None
+
+
+def _described(plan: _Plan, kind: str, output: Path, difference: float) -> dict[str, Any]:
+    """What was written, how it is loaded, and how far its outputs are from the attached adapter's."""
     return {
-        "folder": str(output),
-        "method": method,
-        "rank": rank,
         "class": plan.model_class,
         "load_with": "AutoModelForSequenceClassification" if plan.classifier else _AUTO[kind],
         "dtype": plan.dtype,
         "largest_difference": difference,
         "tolerance": TOLERANCE[plan.dtype],
-        "bytes": folder_bytes(folder),
-        "head": None if plan.head is None else str(Path(output) / _HEAD),
+        "head": None if plan.head is None else str(output / _HEAD),
         "pooling": None if plan.head is None else plan.head.pooling,
         "labels": None if plan.head is None else list(plan.head.labels),
-    } | how
+    }
 
 
 def attached(
