@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import pytest
 import tiny
 import yaml
+from commands import called
+from trials import Trials
 
-from graft import cli
 from graft import compare as comparing
 from graft.compare import BASE, PARENT, Trial, compare, labels, trials
 from graft.errors import DataError, GraftError, ModelError, RecipeError
@@ -41,21 +42,6 @@ def place(tmp_path_factory) -> Path:
 def settings(place: Path, **more: Any) -> dict[str, Any]:
     given = {"methods": METHODS, "seeds": [1, 2], "transfer": [str(place / "other.jsonl")]}
     return tiny.settings(place, **(given | {"forgetting": ["news-editorials"], "probe_samples": 60} | more))
-
-
-class Trials:
-    """Runs trials in this process, which saves the 5 s that a new one needs to import torch; notes their names."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    def __call__(self, trial: Trial, tell: Callable[[str, float], None]) -> str | None:
-        self.names.append(trial.name)
-        try:
-            execute(trial.recipe, trial.folder, tell)
-        except GraftError as error:
-            return str(error)
-        return None
 
 
 @pytest.fixture
@@ -398,7 +384,7 @@ def test_failed_trial_costs_its_row_only(place, tmp_path, ran, capsys, monkeypat
     path = tmp_path / "r.yaml"
     few = {"forgetting": [], "transfer": [], "seeds": [1], "training": {"max_steps": 2, "precision": "fp32"}}
     path.write_text(yaml.safe_dump(settings(place, methods=["lora", {"name": "lora", "r": 33}, "prompt"], **few)))
-    code, out, err = graft(monkeypatch, capsys, "compare", str(path), "-o", str(tmp_path / "out"), "--json")
+    code, out, err = called(monkeypatch, capsys, "compare", str(path), "-o", str(tmp_path / "out"), "--json")
     assert code == 1
     lines = err.splitlines()
     assert lines[:4] == [
@@ -422,10 +408,10 @@ def test_failed_trial_costs_its_row_only(place, tmp_path, ran, capsys, monkeypat
     assert "lora r=33" in (tmp_path / "out" / "report.html").read_text("utf-8")
     # The failed one is tried again, the others are not; without it the comparison is whole.
     ran.clear()
-    assert graft(monkeypatch, capsys, "compare", str(path), "-o", str(tmp_path / "out"))[0] == 1
+    assert called(monkeypatch, capsys, "compare", str(path), "-o", str(tmp_path / "out"))[0] == 1
     assert ran == ["lora r=33 (seed 1)"]
     ran.clear()
-    code, out, err = graft(
+    code, out, err = called(
         monkeypatch, capsys, "compare", str(path), "-o", str(tmp_path / "out"), "methods=[lora, prompt]"
     )
     assert (code, ran, err) == (0, [], "")
@@ -572,20 +558,6 @@ def test_run_ends_when_its_parent_is_gone():
         stop_with(os.getppid() + 1)
 
 
-def graft(monkeypatch, capsys, *args: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a command, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["graft", *args])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    capsys.readouterr()
-    try:
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return caught.value.code, *capsys.readouterr()
-
-
 def wait_for(ready: Callable[[], Any], seconds: float = 60) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -613,7 +585,7 @@ def test_killed_and_interrupted_comparison(place, tmp_path, monkeypatch, capsys)
     """kill -9, then Ctrl-C, in the middle of a trial: no process is left, and the end has every row."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # several threads wait for each other when tests run side by side
     path, out = tmp_path / "r.yaml", tmp_path / "out"
-    few = {"forgetting": [], "transfer": [], "seeds": [1], "training": {"max_steps": 400, "num_train_epochs": 99}}
+    few = {"forgetting": [], "transfer": [], "seeds": [1], "training": {"max_steps": 200, "num_train_epochs": 99}}
     path.write_text(yaml.safe_dump(settings(place, methods=["lora"], **few)))
     base, lora = trials(Recipe.parse(yaml.safe_load(path.read_text())), out)
     execute(base.recipe, base.folder)
@@ -636,7 +608,7 @@ def test_killed_and_interrupted_comparison(place, tmp_path, monkeypatch, capsys)
 
     thread = threading.Thread(target=press)
     thread.start()
-    code, written, said = graft(monkeypatch, capsys, "compare", str(path), "-o", str(out), "--json")
+    code, written, said = called(monkeypatch, capsys, "compare", str(path), "-o", str(out), "--json")
     thread.join()
     assert (code, written) == (130, "")
     assert said.splitlines() == [
@@ -647,7 +619,7 @@ def test_killed_and_interrupted_comparison(place, tmp_path, monkeypatch, capsys)
     assert stopped["state"] == "stopped"
     assert not alive(stopped["pid"])
 
-    code, written, said = graft(monkeypatch, capsys, "compare", str(path), "-o", str(out), "--json")
+    code, written, said = called(monkeypatch, capsys, "compare", str(path), "-o", str(out), "--json")
     assert (code, said) == (0, "trial 2 of 2: lora (seed 1)\n")
     assert [found["status"] for found in json.loads(written)["rows"]] == ["done", "done"]
     assert times(out).items() > before.items()

@@ -9,6 +9,7 @@ import pytest
 import tiny_chat
 import tiny_gpt2
 import torch
+from trials import Trials
 
 from graft.compare import compare
 from graft.data.dialogue import Message
@@ -287,7 +288,8 @@ def test_pretraining_on_plain_text(place, tmp_path):
     assert not (tmp_path / "run" / "answers.jsonl").exists()
 
 
-def test_forgetting_is_a_loss_that_rose(place, tmp_path):
+def test_forgetting_is_a_loss_that_rose(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("graft.compare._run", Trials())
     settings = tiny_chat.settings(place, forgetting=["tweets"], probe_samples=20)
     settings["training"]["max_steps"] = 3
 
@@ -345,8 +347,8 @@ def test_the_starter_model_renders_as_its_template_says():
 def test_ten_steps_on_the_starter_model(tmp_path):
     recipe = read_recipe(
         Path(__file__).parents[1] / "recipes" / "instruct.yaml",
-        ["training.max_steps=10", "data.max_eval_samples=16", "data.max_train_samples=80", "forgetting=[]",
-         "transfer=[]", "training.eval_steps=5"],
+        ["training.max_steps=10", "data.max_eval_samples=8", "data.max_train_samples=40", "forgetting=[]",
+         "transfer=[]", "training.eval_steps=10", "training.per_device_train_batch_size=4"],
     )  # fmt: skip
     report = execute(recipe, tmp_path / "run")
     points = read_lines(tmp_path / "run" / "metrics.jsonl")

@@ -2,18 +2,16 @@
 
 import json
 import math
-import signal
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from commands import called
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graft import cli
 from graft.errors import ResourceError, UsageError
 from graft.planning import machine as module
 from graft.planning.machine import (
@@ -487,19 +485,7 @@ def graft(monkeypatch, capsys):
     """Runs `graft hardware` in this process, 80 columns wide; its exit code, output and errors."""
     monkeypatch.setenv("COLUMNS", "80")
 
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["graft", "hardware", *args])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-        capsys.readouterr()
-        try:
-            with pytest.raises(SystemExit) as caught:
-                cli.main()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        return (caught.value.code, *capsys.readouterr())
-
-    return call
+    return lambda *args: called(monkeypatch, capsys, "hardware", *args)
 
 
 def test_the_table_of_this_machine(graft, cache, counted):
