@@ -33,13 +33,13 @@ bench: .venv/installed-bench ## measure speed and memory beside peft, Trainer an
 
 test: .venv/installed-dev check ## every check and test
 	@$(BIN)/graft assets pull
-	@$(BIN)/pytest -n 2 --dist loadfile -m "not faults"
+	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults"
 
 test-faults: .venv/installed-dev ## the long tests of faults: runs killed at random moments (ten minutes)
 	@$(BIN)/pytest -m faults -s
 
 test-fast: .venv/installed-dev ## the tests of a few seconds each
-	@$(BIN)/pytest -x -q -n 2 --dist loadfile -m "not slow and not faults"
+	@$(BIN)/pytest -x -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not faults"
 
 check: .venv/installed-dev ## formatting, lint and types
 	@$(BIN)/ruff format --check .

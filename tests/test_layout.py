@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import LONGEST
 
 import graft
 
@@ -182,3 +183,9 @@ def test_nothing_private_is_in_the_project():
     assert len(files) > 40
     for name in files:
         assert (ROOT / name).stat().st_size < 600_000, name
+
+
+def test_the_files_that_begin_first_are_there():
+    assert len(set(LONGEST)) == len(LONGEST) > 5
+    for name in LONGEST:
+        assert (ROOT / "tests" / f"{name}.py").is_file(), name
