@@ -113,9 +113,10 @@ def same(base: Base, mine: Tensor, written: Tensor) -> None:
 # Losses on a model ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["sigmoid", "ipo", "kto", "orpo", "simpo"])
+@pytest.mark.parametrize("variant", ["sigmoid", "rpo", "ipo", "kto", "orpo", "simpo"])
 def test_a_variant_is_its_formula_on_a_model(place, variant):
-    base, objective, examples = ready(tiny_pairs.recipe(place, {"name": "dpo", "variant": variant}))
+    given = {"variant": variant} if variant != "rpo" else {"learn_weight": 0.7}
+    base, objective, examples = ready(tiny_pairs.recipe(place, {"name": "dpo"} | given))
     shaken(base)
     objective._kl = 0.3
     total = objective.loss(base, examples, ADAPTER)
@@ -130,6 +131,8 @@ def test_a_variant_is_its_formula_on_a_model(place, variant):
         c, r = (one.sum() - other.sum() for one, other in zip(mine, known, strict=True))
         if variant == "sigmoid":
             written = written - F.logsigmoid(0.1 * (c - r))
+        elif variant == "rpo":
+            written = written - F.logsigmoid(0.1 * (c - r)) - 0.7 * mine[0].mean()
         elif variant == "ipo":
             written = written + (c / len(mine[0]) - r / len(mine[1]) - 5) ** 2
         elif variant == "kto":

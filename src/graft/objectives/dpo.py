@@ -56,7 +56,8 @@ class Dpo(Templated):
     unit: ClassVar[Unit] = "preference"
     max_length: ClassVar[int] = 1024
     compiles: ClassVar[bool] = False
-    aliases: ClassVar[dict[str, str]] = {"loss_type": "variant", "pref_loss": "variant", "pref_beta": "beta"}
+    aliases: ClassVar[dict[str, str]] = {"loss_type": "variant", "pref_loss": "variant", "pref_beta": "beta",
+                                          "rpo_alpha": "learn_weight", "pref_ftx": "learn_weight"}  # fmt: skip
 
     variant: Variant = "sigmoid"
     """sigmoid (DPO), ipo, kto (also from single answers that are good or bad), orpo (no reference, learns the better
@@ -68,6 +69,10 @@ class Dpo(Templated):
 
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Share of pairs that are taken to be the wrong way round; sigmoid only."""
+
+    learn_weight: float = Field(default=0.0, ge=0)
+    """sigmoid: weight of learning the better answer, by its mean loss a token, beside preferring it (Pang et al. 2024,
+    arXiv 2404.19733). Without, both answers can lose probability as long as the worse one loses more."""
 
     simpo_gamma: float = Field(default=0.5, ge=0)
     """simpo: how far apart the two answers should be."""
@@ -146,7 +151,7 @@ class Dpo(Templated):
             mine, theirs = (_logps(base, first, way)[0] for way in (adapter.name, reference(self.init, base)))
         require_reference(mine, theirs, first[0].place)
         say("the policy is the reference: margins are 0" + (f", the loss is ln 2 = {math.log(2):.4f}"
-            if self.variant == "sigmoid" and not self.label_smoothing else ""))  # fmt: skip
+            if self.variant == "sigmoid" and not self.label_smoothing + self.learn_weight else ""))  # fmt: skip
 
     def memory(self) -> dict[str, Tensor]:
         """What the reference says of the answers that were read (nan: not yet), and whether a margin moved."""
@@ -229,7 +234,8 @@ class Dpo(Templated):
             return self.beta * losses.odds_ratio(chosen, rejected) - chosen, gaps
         if self.variant == "simpo":
             return losses.simpo(chosen, rejected, self.beta, self.simpo_gamma), gaps
-        return losses.dpo(chosen, rejected, self.beta, self.label_smoothing), gaps
+        learned = -(sums / counts).chunk(2)[0]
+        return losses.dpo(chosen, rejected, self.beta, self.label_smoothing) + self.learn_weight * learned, gaps
 
     def after_step(self, step: int) -> dict[str, float]:
         """The margin and the accuracy of the step's pairs. Raises `GuardError` when the margin has not moved by step
