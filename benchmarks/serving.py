@@ -274,7 +274,9 @@ def main() -> None:
         print(f"| {figure} | " + " | ".join(f"{1000 * statistics.median(times):.1f}" for times in each.values()) + " |")
     if given.out:
         about = {
-            "command": f"python -m benchmarks.serving --rounds {given.rounds} --threads {given.threads}", "created": time.strftime("%Y-%m-%d"), "model": MODEL,
+            "command": f"python -m benchmarks.serving --rounds {given.rounds} --threads {given.threads}",
+            "created": time.strftime("%Y-%m-%d"), "model": MODEL,
+            "through": "as the server writes them, from the first prompt to the last token",
             "rows": ROWS, "read": READ, "written": WRITTEN, "mixes": MIXES, "rounds": given.rounds,
             "dtype": chosen.name, "environment": environment() | {"peft": version("peft")},
         }  # fmt: skip

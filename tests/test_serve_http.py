@@ -304,7 +304,8 @@ def test_the_description_is_true(guard):
 
 
 ATTACKS = {
-    "reaches": "{{ ''.__class__.__mro__[1].__subclasses__() }}", "lipsum": "{{ lipsum.__globals__['os'].system('id') }}",
+    "reaches": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "lipsum": "{{ lipsum.__globals__['os'].system('id') }}",
     "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "grows": "{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}",
 }  # fmt: skip

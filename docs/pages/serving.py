@@ -4,6 +4,9 @@ import statistics
 
 from pages.kept import kept
 
+THROUGH = "through `graft.generate`"
+"""How batches ran in results that do not say it."""
+
 
 def slowdown(each: dict[str, list[float]], name: str) -> float:
     """How many times the base's latency a variant has: the median over the rounds."""
@@ -36,9 +39,9 @@ def serving_page() -> str:
         " run one after another on their own rows. Training and compiled code use a product for each adapter.",
         "This page is written by `make docs` from `docs/results/serving.json`.",
         f"{run['model']}, {run['rows']} requests of {run['read']} tokens in and {run['written']} out, greedy, each through an adapter of its own,"
-        f" as the server writes them, from the first prompt to the last token; {mixes}. The adapters are random, LoRA of rank 8 at queries and"
+        f" {run.get('through', THROUGH)}; {mixes}. The adapters are random, LoRA of rank 8 at queries and"
         " values, the others with their defaults. peft decodes with transformers' `generate`, with the cache and without gradients: one request"
-        " after another (`set_adapter`; a base for each method, so that changing methods costs it nothing), or LoRA in one batch (`adapter_names`).",
+        " after another (`set_adapter`; several methods each with a base of their own), or LoRA in one batch (`adapter_names`).",
         "\n".join(batches),
         "\n".join(faster),
         "## Latency at batch 1",

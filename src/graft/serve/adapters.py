@@ -203,8 +203,8 @@ class Adapters:
         return True
 
     def insist(self, version: Version) -> bool:
-        """Like `bring`; but where rows run through all adapters in memory, no more are let into one of them from now on,
-        so that a later call finds a place."""
+        """Like `bring`; but where rows run through all adapters in memory, no more are let into one of them from now
+        on, so that a later call finds a place."""
         giving, self._giving = self._giving, None  # an error leaves nobody barred
         if self.bring(version):
             return True

@@ -21,7 +21,9 @@ _BACKLOG = 2048
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens at an address, before anything is loaded: who asks meanwhile waits. Raises `ResourceError` where it is taken."""
+    """A socket that listens at an address, before anything is loaded: who asks meanwhile waits. Raises `ResourceError`
+    where it is taken.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError):
