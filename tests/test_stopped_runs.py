@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_chat
 import tiny_pairs
 import torch
 from test_resume import digests, interrupt
@@ -270,3 +271,29 @@ def test_no_shipped_recipe_has_a_rate_that_is_warned_of():
             checked += 1
     assert checked >= 50
     assert len(RECIPES) == 11
+
+
+ALIGNED = {
+    "dpo": {"name": "dpo"},
+    "reward": {"name": "reward"},
+    "grpo": {"name": "grpo", "rewards": ["length:3-6"], "num_generations": 4, "max_new_tokens": 6},
+    "ppo": {"name": "ppo", "rewards": ["length:3-6"], "max_new_tokens": 6},
+}
+
+
+@pytest.mark.parametrize("name", ALIGNED)
+def test_healthy_alignment_trains_without_an_alarm(tmp_path, name, monkeypatch):
+    """Short runs of every objective of the shipped recipes for alignment: nothing above a note."""
+    monkeypatch.setattr("graft.assess.TextAssessor._latency", lambda *_: 1.0)
+    folder = tiny_pairs.write_all(tmp_path / "data")
+    training = {"max_steps": 12, "num_train_epochs": 9, "per_device_train_batch_size": 8, "precision": "fp32"}
+    if name in ("grpo", "ppo"):
+        given = tiny_chat.recipe(folder, objective=ALIGNED[name], training=training, method={"name": "lora"})
+    else:
+        given = tiny_pairs.recipe(folder, ALIGNED[name], training=training)
+    execute(given, tmp_path / "run")
+    curve = read_run(tmp_path / "run")
+    assert len(curve.steps) == 12
+    assert name == "reward" or curve.steps[-1].watched
+    assert [finding for finding in diagnose(curve) if finding.level != "note"] == []
+    assert "likely cause" not in log(tmp_path / "run")
