@@ -15,9 +15,12 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_chat
+import tiny_pairs
 import torch
 
 from graft.errors import DamagedError, DataError, RecipeError
+from graft.families import FAMILIES
 from graft.methods.base import methods
 from graft.run import execute
 from graft.train import checkpoint, resume
@@ -264,14 +267,61 @@ KILLS = 6
 
 
 def test_killed_at_random_moments(place, tmp_path):
-    assert killed(place, tmp_path, ["lora"], KILLS, seed=7) == KILLS
+    assert killed([("lora", recipe(place))], tmp_path, KILLS, seed=7) == KILLS
 
 
 @pytest.mark.faults
 def test_every_method_killed_at_random_moments(place, tmp_path):
     seed = int(os.environ.get("GRAFT_SEED") or random.SystemRandom().randrange(10**6))
-    count = killed(place, tmp_path, sorted(methods()), max(50, 3 * len(methods())), seed)
+    given = [(name, recipe(place, {"name": name} | small(name))) for name in sorted(methods())]
+    count = killed(given, tmp_path, max(50, 3 * len(methods())), seed)
     print(f"{count} kills, GRAFT_SEED={seed}")
+
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "instruct": {"name": "instruct", "max_new_tokens": 4},
+    "pretrain": {"name": "pretrain"},
+    "dpo": {"name": "dpo"},
+    "reward": {"name": "reward"},
+    "grpo": {"name": "grpo", "rewards": ["length:3-6"], "num_generations": 3, "max_new_tokens": 4},
+    "ppo": {"name": "ppo", "rewards": ["length:3-6"], "num_ppo_epochs": 2, "max_new_tokens": 4},
+}
+"""Beside classify, which the test above kills with every method."""
+
+
+@pytest.mark.faults
+def test_sampled_pairs_of_method_and_objective_killed_at_random_moments(tmp_path):
+    seed = int(os.environ.get("GRAFT_SEED") or random.SystemRandom().randrange(10**6))
+    given = sampled(tiny_pairs.write_all(tmp_path / "data"), seed)
+    count = killed(given, tmp_path, int(os.environ.get("GRAFT_KILLS") or 54), seed)
+    print(f"{count} kills of {', '.join(name for name, _ in given)}, GRAFT_SEED={seed}")
+
+
+def sampled(place: Path, seed: int) -> list[tuple[str, Any]]:
+    """Three methods for each objective, drawn from those that train beside the base on a decoder."""
+    draw = random.Random(seed)
+    family = FAMILIES["llama"]
+    known = [name for name, kind in sorted(methods().items()) if kind.refuses(family) is None and name != "full"]
+    training = TRAINING | {"max_steps": 6, "num_train_epochs": 9, "per_device_train_batch_size": 4, "eval_steps": 3}
+    found = []
+    for name, objective in list(OBJECTIVES.items()) * 3:
+        method = draw.choice(known)
+        make: Any = tiny_pairs.recipe if name in ("dpo", "reward") else _chat
+        settings = make(place, objective).resolved()
+        settings["data"] |= {"max_train_samples": 12, "max_eval_samples": 4}
+        chosen = {"name": method, "learning_rate": 1e-3} | small(method)
+        found.append((f"{method} {name}", tiny.Recipe.parse(settings | {"method": chosen, "training": training})))
+    assert {type(given.objective).name for _, given in found} == set(OBJECTIVES)
+    return found
+
+
+def _chat(place: Path, objective: dict[str, Any]) -> Any:
+    return tiny_chat.recipe(place, objective=objective)
+
+
+def small(name: str) -> dict[str, Any]:
+    """The settings of a method for tests that train beside the base."""
+    return {key: value for key, value in methods()[name].small.items() if key != "exclusive"}
 
 
 SERVER = """
@@ -299,8 +349,8 @@ for line in sys.stdin:
 """Runs as processes that have the libraries loaded: a start takes milliseconds instead of seconds."""
 
 
-def killed(place: Path, tmp_path: Path, names: list[str], count: int, seed: int) -> int:
-    """Kill runs at random moments of their whole time, at most three times each, and compare how they end."""
+def killed(runs: list[tuple[str, Any]], tmp_path: Path, count: int, seed: int) -> int:
+    """Kill named runs at random moments of their whole time, at most three times each, and compare how they end."""
     draw = random.Random(seed)
     kills = 0
     with subprocess.Popen(
@@ -319,13 +369,11 @@ def killed(place: Path, tmp_path: Path, names: list[str], count: int, seed: int)
                     os.kill(child, signal.SIGKILL)
             return int(server.stdout.readline())
 
-        assert run(recipe(place), tmp_path / "first", None) == 0  # what is loaded late is loaded for all
+        assert run(runs[0][1], tmp_path / "first", None) == 0  # what is loaded late is loaded for all
         number = 0
         while kills < count:
-            name = names[number % len(names)]
+            name, given = runs[number % len(runs)]
             number += 1
-            settings = {key: value for key, value in methods()[name].small.items() if key != "exclusive"}
-            given = recipe(place, {"name": name} | settings)
             whole, parts = tmp_path / f"whole{number}", tmp_path / f"parts{number}"
             began = time.monotonic()
             assert run(given, whole, None) == 0
