@@ -35,7 +35,8 @@ def test_it_is_found_with_its_settings(slic):
 def test_it_trains_and_goes_on_where_it_was_stopped(slic, tmp_path, monkeypatch):
     monkeypatch.setattr("graft.run._forecast", lambda *_: None)
     place = tiny_pairs.write_all(tmp_path / "data")
-    given = tiny_pairs.recipe(place, {"name": "slic", "delta": 10})
+    lora = {"name": "lora", "learning_rate": 3e-3, "r": 16, "target_modules": "all-linear"}
+    given = tiny_pairs.recipe(place, {"name": "slic", "delta": 2}, method=lora)
     report = execute(given, tmp_path / "run")
     assert report["metric"] == "preference accuracy"
     assert report["quality"] > 0.6
