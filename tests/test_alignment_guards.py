@@ -110,13 +110,6 @@ def test_single_answers_have_to_come_away_from_the_reference_too():
 # Groups ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def only_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The guard of all runs stops a loss of exactly 0 sooner, after three steps, and knows less of the cause."""
-    monkeypatch.setattr("graft.train.loop.RunGuard.after_step", lambda *_: None)
-
-
-@pytest.mark.usefixtures("only_groups")
 def test_groups_of_equal_rewards_are_counted_and_stop_a_run(place, tmp_path):
     with pytest.raises(GuardError, match="first 10 steps every group of 2 answers had equal rewards, the last 3"):
         execute(policy(place, "return 3"), tmp_path / "fault")
@@ -129,7 +122,6 @@ def test_groups_of_equal_rewards_are_counted_and_stop_a_run(place, tmp_path):
     assert "taught nothing" not in log(tmp_path / "run")
 
 
-@pytest.mark.usefixtures("only_groups")
 def test_a_short_run_without_a_signal_says_so_at_its_end(place, tmp_path):
     execute(policy(place, "return 3", 4), tmp_path / "run")
     assert "100% of the groups of the last 4 steps had equal rewards and taught nothing" in log(tmp_path / "run")
