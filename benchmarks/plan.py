@@ -60,7 +60,8 @@ def measure(recipe_name: str, settings: list[str]) -> dict[str, Any]:
     from graft.planning.plan import WORKSPACE, estimate
     from graft.planning.simulate import Job, Rows
     from graft.recipe import read_recipe
-    from graft.train.loop import Point, Trainer
+    from graft.train.loop import Trainer
+    from graft.train.points import Point
 
     machine = measured()
     recipe = read_recipe(Path("recipes") / f"{recipe_name}.yaml", [*CUT[recipe_name], *SHARED, *settings])

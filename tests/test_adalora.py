@@ -36,7 +36,8 @@ from graft.objectives.base import Result
 from graft.objectives.classify import Classify, LabelledExample
 from graft.parts.attach import attach, merge_into
 from graft.train import checkpoint
-from graft.train.loop import Trainer, Training, make_accelerator
+from graft.train.loop import Trainer, make_accelerator
+from graft.train.settings import Training
 
 TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"], "bert": ["query", "value"]}
 TASKS = [("llama", False), ("gpt2", False), ("bert", True), ("llama", True)]

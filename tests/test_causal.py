@@ -16,7 +16,8 @@ from graft.objectives.causal import collate, packed, row_figures
 from graft.objectives.instruct import Instruct
 from graft.objectives.pretrain import Pretrain
 from graft.parts.attach import attach, hidden_states
-from graft.train.loop import Trainer, Training, make_accelerator
+from graft.train.loop import Trainer, make_accelerator
+from graft.train.settings import Training
 
 DECODERS = [name for name in bases.FACTORIES if bases.family_of(name).kind == "decoder"]
 WINDOWED = ("mistral", "gemma3")

@@ -29,8 +29,9 @@ from graft.parts.attach import attach
 from graft.parts.attention import FAST, choose_kernels
 from graft.recipe import Recipe
 from graft.run import execute
-from graft.train.loop import Trainer, Training, make_accelerator
+from graft.train.loop import Trainer, make_accelerator
 from graft.train.optim import make_optimizer
+from graft.train.settings import Training
 
 # Attention ----------------------------------------------------------------------------------------
 

@@ -29,7 +29,8 @@ from graft.model import Base
 from graft.objectives.classify import Classify, LabelledExample
 from graft.parts.attach import attach, detach, merge_into
 from graft.parts.lowrank import LoraPart
-from graft.train.loop import Trainer, Training, make_accelerator
+from graft.train.loop import Trainer, make_accelerator
+from graft.train.settings import Training
 
 TOLERANCE = 1e-5
 HEADS = 4

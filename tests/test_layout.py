@@ -49,7 +49,7 @@ ORDER_WITHIN = {
         *("shared", "runs", "export", "look", "hardware", "plan", "recommend", "data", "chat", "serve", "doctor"),
         "commands",
     ],
-    "train": ["precision", "optim", "guards", "checkpoint", "resume", "loop"],
+    "train": ["precision", "optim", "settings", "points", "guards", "checkpoint", "resume", "loop"],
     "export": [
         *("origin", "probes", "layouts", "vocabulary", "gguffile", "gotemplate", "modelfile", "llamacpp", "folders"),
         "export",

@@ -38,8 +38,9 @@ from graft.quantize import (
 from graft.recipe import COMPARED, Recipe
 from graft.run import evaluate_run, execute
 from graft.sites import Packed
-from graft.train.loop import Trainer, Training, make_accelerator
+from graft.train.loop import Trainer, make_accelerator
 from graft.train.optim import check_optimizer, make_optimizer
+from graft.train.settings import Training
 
 FAMILIES = ("llama", "gpt2", "bert")
 REFUSED = {"full", "frozen"}

@@ -15,7 +15,7 @@ from graft.errors import RecipeError
 from graft.methods.base import methods
 from graft.objectives.base import objectives
 from graft.recipe import COMPARED, Recipe, read_recipe
-from graft.train.loop import Training
+from graft.train.settings import Training
 
 RECIPES = sorted(path for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml") if not read_stages(path))
 LEAST = {"model": "m", "data": {"train": "x.jsonl"}}

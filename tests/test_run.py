@@ -42,9 +42,11 @@ from graft.run import evaluate_run, execute
 from graft.runfolder import RunFolder, list_runs
 from graft.train import checkpoint
 from graft.train.guards import MovementGuard, digest
-from graft.train.loop import Point, Trainer, Training, make_accelerator
+from graft.train.loop import Trainer, make_accelerator
 from graft.train.optim import make_optimizer, make_schedule, share_of_peak
+from graft.train.points import Point
 from graft.train.precision import choose
+from graft.train.settings import Training
 
 RATES = dict.fromkeys(methods(), 1e-2)
 RATES |= {"full": 2e-3, "frozen": 2e-3, "lora": 2e-2, "prefix": 5e-2, "prompt": 5e-2, "ptuning_v2": 5e-2}

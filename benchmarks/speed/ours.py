@@ -17,7 +17,8 @@ def run(folder: Path, seed: int, assignments: Sequence[str] = ()) -> dict[str, A
     from graft.build import build_adapter, load_for, prepare
     from graft.measure import PeakMemory
     from graft.model import load_tokenizer
-    from graft.train.loop import Point, Trainer
+    from graft.train.loop import Trainer
+    from graft.train.points import Point
 
     work, _ = works.read(folder)
     recipe = work.recipe(folder, seed, assignments)

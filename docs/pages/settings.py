@@ -9,7 +9,7 @@ from graft.engine.settings import Engine
 from graft.methods.base import methods
 from graft.objectives.base import objectives
 from graft.recipe import Recipe
-from graft.train.loop import Training
+from graft.train.settings import Training
 
 
 def settings(cls: type[BaseModel]) -> str:

@@ -14,7 +14,7 @@ from graft.engine.settings import Engine
 from graft.errors import RecipeError
 from graft.methods.base import Method, methods, read_method
 from graft.objectives.base import Objective, objectives, read_objective
-from graft.train.loop import Training
+from graft.train.settings import Training
 
 
 def _named(value: Any) -> dict[str, Any]:

@@ -33,7 +33,8 @@ from graft.recipe import Recipe
 from graft.runfolder import BAD_BATCH, RunFolder, find_run
 from graft.stats import interval
 from graft.train import checkpoint
-from graft.train.loop import Fit, Point, Trainer
+from graft.train.loop import Trainer
+from graft.train.points import Fit, Point
 from graft.train.precision import Precision
 
 Watch = Callable[[str, float], None]

@@ -12,7 +12,7 @@ from graft.planning.catalogue import config_of, entries, find, skeleton
 from graft.planning.machine import Machine
 from graft.planning.plan import Plan, plan_model, plan_recipe
 from graft.recipe import Recipe
-from graft.train.loop import Training
+from graft.train.settings import Training
 
 GOALS = ("quality", "memory", "latency", "many-tasks")
 """What a recommendation can be for."""

@@ -22,8 +22,8 @@ from graft.planning.machine import Machine
 from graft.planning.simulate import FEW, Job, Rows, Simulation, extrapolate, simulate, step_positions
 from graft.planning.smaller import made_to_fit
 from graft.recipe import Recipe
-from graft.train.loop import Training
 from graft.train.precision import Precision
+from graft.train.settings import Training
 
 RUNTIME = {"cpu": 650 << 20, "cuda": 600 << 20}
 """Bytes of a process beside its tensors: on a CPU 450 MiB of Python, torch and transformers before a model is loaded,

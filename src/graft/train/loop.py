@@ -8,20 +8,17 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from pydantic import Field, field_validator, model_validator
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from graft.config import Config
 from graft.data.batch import training_batches
-from graft.diagnosis.curve import Evaluation, Facts
-from graft.diagnosis.curve import Step as LoggedStep
+from graft.diagnosis.curve import Facts
 from graft.diagnosis.guard import RunGuard, rows_of
 from graft.engine.compiled import LayerCompiler
 from graft.engine.dropout import cheaper_dropout
@@ -34,127 +31,14 @@ from graft.objectives.base import Objective, Result, silent
 from graft.parts.base import Adapter
 from graft.train import checkpoint
 from graft.train.guards import MovementGuard
-from graft.train.optim import Kind, Schedule, make_optimizer, make_schedule, schedule_at
-from graft.train.precision import Choice
+from graft.train.optim import make_optimizer, make_schedule, schedule_at
+from graft.train.points import Fit, Point, logged
 from graft.train.resume import Keeper, remembered, restore, whole_steps
+from graft.train.settings import Training
 
 T = TypeVar("T")
 _SHOWN = 3
 """Answers that are kept of each evaluation."""
-
-
-class Training(Config):
-    """How a run trains. The learning rate belongs to the method."""
-
-    aliases: ClassVar[dict[str, str]] = {
-        "num_epochs": "num_train_epochs",
-        "epochs": "num_train_epochs",
-        "micro_batch_size": "per_device_train_batch_size",
-        "batch_size": "per_device_train_batch_size",
-        "train_batch_size": "per_device_train_batch_size",
-        "eval_batch_size": "per_device_eval_batch_size",
-        "bf16": "precision",
-        "optim": "optimizer",
-    }
-
-    num_train_epochs: float = Field(default=2, gt=0, le=10_000)
-    """Passes over the training rows; parts of a pass are possible."""
-
-    max_steps: int | None = Field(default=None, ge=1)
-    """Stop after this many optimizer steps, whatever num_train_epochs says."""
-
-    per_device_train_batch_size: int = Field(default=32, ge=1)
-    """Rows per forward and backward pass."""
-
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Passes per optimizer step. The gradient is the same as with one pass over all their rows."""
-
-    per_device_eval_batch_size: int = Field(default=64, ge=1)
-    """Rows per pass in evaluation."""
-
-    warmup_ratio: float = Field(default=0.06, ge=0, lt=1)
-    """Share of the steps in which the learning rate rises."""
-
-    lr_scheduler_type: Schedule = "linear"
-    """How the learning rate falls after that: linear, cosine, or constant (it does not)."""
-
-    optimizer: Kind = "adamw"
-    """How AdamW keeps its moments: adamw in fp32, adamw_8bit in 8 bits, paged_adamw_8bit (on CUDA) in 8 bits and in the
-    computer's memory when the device's is full. The latter two need bitsandbytes."""
-
-    weight_decay: float = Field(default=0.01, ge=0, lt=1)
-    """Decoupled weight decay, on matrices only."""
-
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """The gradient's norm over the adapter is clipped to this."""
-
-    eval_steps: int | None = Field(default=None, ge=1)
-    """Evaluate on the validation rows every so many optimizer steps; four times in the run when left out."""
-
-    load_best_model_at_end: bool = True
-    """End with the best evaluated step rather than with the last one."""
-
-    metric_for_best_model: Literal["quality", "loss"] | None = None
-    """What the best step is chosen by; quality for classification and the validation loss otherwise when left out."""
-
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-
-    precision: Choice = "auto"
-    """Number format of matrix products: bf16, fp32, or what the hardware is best at."""
-
-    preflight: bool = True
-    """Before the first step, predict the run's memory and run its heaviest pass once; with too little memory, passes
-    get smaller, and a step keeps its rows."""
-
-    @field_validator("optimizer", mode="before")
-    @classmethod
-    def _read_names(cls, given: Any) -> Any:
-        """As transformers spells them."""
-        names = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_bnb_8bit": "adamw_8bit"}
-        return names.get(given, given) if isinstance(given, str) else given
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_flags(cls, given: Any) -> Any:
-        """`bf16: true` is how transformers spells the precision; read before the alias is renamed."""
-        if isinstance(given, dict) and isinstance(given.get("bf16"), bool):
-            return given | {"bf16": "bf16" if given["bf16"] else "fp32"}
-        return given
-
-
-@dataclass(frozen=True)
-class Point:
-    """One point of a learning curve. `quality` is None between evaluations."""
-
-    step: int
-    examples: int
-    train_loss: float
-    learning_rate: float
-    grad_norm: float
-    seconds: float
-    quality: float | None = None
-    validation_loss: float | None = None
-    evaluation_seconds: float | None = None
-    """What the evaluation took."""
-    figures: dict[str, float] = field(default_factory=dict)
-    """Further figures of an evaluation."""
-    watched: dict[str, float] = field(default_factory=dict)
-    """Figures of the step itself that its objective watches, such as a reward."""
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    """The first answers of an evaluation that generates: the same prompts each time."""
-
-
-@dataclass
-class Fit:
-    """What a training run did. `seconds` leaves out evaluation and checkpoints."""
-
-    steps: int = 0
-    examples: int = 0
-    seconds: float = 0.0
-    best_step: int = 0
-    best: Result | None = None
-    points: list[Point] = field(default_factory=list)
 
 
 Watch = Callable[[Literal["training", "evaluating"], int, int], None]
@@ -259,7 +143,7 @@ class Trainer:
         if self.start is not None:
             result = self._resumed(self.start, optimizer, movement)
             schedule_at(schedule, result.steps)
-            self.guard.resumed(*_logged(self.earlier))
+            self.guard.resumed(*logged(self.earlier))
             movement.begun = result.steps
         if self.training.preflight:
             self.rehearse(train)
@@ -507,7 +391,7 @@ class Trainer:
             self.record(point)
         if self.progress:
             self.progress("training", result.steps, total)
-        steps, evaluations = _logged([point])
+        steps, evaluations = logged([point])
         self.guard.after_step(steps[0])
         for seen in evaluations:
             self.guard.after_evaluation(seen)
@@ -535,17 +419,3 @@ class Trainer:
                 state = checkpoint.check(self.checkpoints / checkpoint.BEST)
                 kept = f"the best adapter, of step {state['step']}, is in {self.checkpoints / checkpoint.BEST}"
             raise GuardError(error.message, "; ".join(filter(None, (error.remedy, kept)))) from error.__cause__
-
-
-def _logged(points: Sequence[Point]) -> tuple[list[LoggedStep], list[Evaluation]]:
-    """Points of a learning curve as the guard reads them."""
-    steps = [
-        LoggedStep(one.step, one.train_loss, one.learning_rate, one.grad_norm, one.examples, one.seconds, one.watched)
-        for one in points
-    ]
-    evaluations = [
-        Evaluation(one.step, one.validation_loss, one.quality, one.figures, one.samples, one.evaluation_seconds)
-        for one in points
-        if one.quality is not None
-    ]
-    return steps, evaluations
