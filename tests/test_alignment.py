@@ -31,6 +31,7 @@ from graft.objectives.causal import collate
 from graft.objectives.dpo import Dpo
 from graft.objectives.grpo import Grpo
 from graft.objectives.ppo import Ppo
+from graft.objectives.reward import rewards_of
 from graft.parts.attach import adapter_of, hidden_states
 from graft.planning.plan import plan_recipe
 from graft.recipe import Recipe
@@ -392,6 +393,31 @@ def test_a_reward_model_that_may_be_no_better_than_a_coin_is_refused(place, star
         given = {"name": "ppo", "rewards": [{"run": str(other)}]}
         with pytest.raises(UsageError, match=words):
             execute(tiny_chat.recipe(place, objective=given, method=LORA), tmp_path / "ppo")
+
+
+def test_a_reward_model_reads_answers_as_it_has_learned_to(place, tmp_path):
+    """Drawn answers end with the token that ends a turn; templates write more behind it, which pairs have."""
+    run = tmp_path / "reward"
+    execute(tiny_pairs.recipe(place, "reward", method=LORA, training=SHORT | {"max_steps": 1}), run)
+    pretend(run, 0.9)
+    given = {"name": "ppo", "rewards": [{"run": str(run)}], "max_new_tokens": 6}
+    base, objective, prompts = ready(tiny_chat.recipe(place, objective=given, method=LORA), 6)
+    whole = [Rollout([*prompt.ids], prompt.prompt, True, prompt) for prompt in prompts]
+    drawn, cut = [], []
+    for one in whole:
+        last = max(place for place, trained in enumerate(one.asked.trained) if trained)
+        assert last < len(one.ids) - 1
+        drawn.append(Rollout(one.ids[: last + 1], one.prompt, True, one.asked))
+        cut.append(Rollout(one.ids[:last], one.prompt, False, one.asked))
+    base.model.eval()
+    earned = objective.earned(base, drawn)
+    figures = json.loads((run / "report.json").read_text("utf-8"))["figures"]
+    with torch.no_grad():
+        numbers = [rewards_of(base, [one], "reward_0").item() for one in whole]
+    expected = [(number - figures["reward_mean"]) / figures["reward_std"] for number in numbers]
+    assert len({round(value, 4) for value in expected}) > 3
+    assert earned == pytest.approx(expected, abs=1e-4)
+    assert objective.earned(base, cut) == pytest.approx(expected, abs=1e-4)
 
 
 # Rewards --------------------------------------------------------------------------------------------

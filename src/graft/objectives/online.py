@@ -160,9 +160,8 @@ class Online(Templated):
     def earned(self, base: Base, rollouts: Sequence[Rollout]) -> list[float]:
         """The reward of each answer, and what is to be watched of them."""
         assert base.tokenizer is not None
-        end = self._end(base.tokenizer)
         said = [
-            Said(one.ids if one.ended else [*one.ids, end], one.prompt,
+            Said(self._finished(base, one.ids[:-1] if one.ended else one.ids), one.prompt,
                  str(base.tokenizer.decode(one.ids[one.prompt :], skip_special_tokens=True)), one.asked.dialogue)
             for one in rollouts
         ]  # fmt: skip
@@ -248,10 +247,9 @@ class Online(Templated):
             stop_ids=stop,
             progress=None if report is None else lambda share: report("answering", share),
         )
-        end = self._end(base.tokenizer)
         texts = [str(base.tokenizer.decode(answer.ids, skip_special_tokens=True)) for answer in answers]
         said = [
-            Said([*one.ids[: one.prompt], *answer.ids, end], one.prompt, text, one.dialogue)
+            Said(self._finished(base, [*one.ids[: one.prompt], *answer.ids]), one.prompt, text, one.dialogue)
             for one, answer, text in zip(asked, answers, texts, strict=True)
         ]
         source = self._source(base)
@@ -272,13 +270,11 @@ class Online(Templated):
         ]  # fmt: skip
         return Result(sum(correct) / len(correct), figures.mean_loss, correct, further, samples)
 
-    def _end(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """The token that ends an answer where several could: the template's own. A reward model reads an answer at it,
-        also one that was cut off: in the middle of a word it has not learned to judge.
-        """
-        stop = self.renderer(tokenizer).stop_ids
-        eos = tokenizer.eos_token_id
-        return int(eos if eos in stop or not stop else min(stop))
+    def _finished(self, base: Base, ids: Sequence[int]) -> list[int]:
+        """An answer with the ending that reward models have read behind every answer, also one that was cut off: in
+        the middle of a word, or a token too early, they have not learned to judge."""
+        assert base.tokenizer is not None
+        return [*ids, *self.renderer(base.tokenizer).ending]
 
 
 def _below(prefix: str, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -48,6 +48,9 @@ class Renderer:
     """Of the template's text."""
     stop_ids: frozenset[int]
     """Every id that ends a turn: the tokenizer's eos, and what the template writes behind an answer."""
+    ending: list[int]
+    """What stands behind the text of the last answer in `render`: the id that ends it, and what follows, such as a line
+    break, which no model writes."""
 
     def __init__(self, tokenizer: Any, template: str | None = None) -> None:
         """`template`: None for the tokenizer's own, a name of `templates/`, a path ending in .jinja, or Jinja text.
@@ -65,7 +68,8 @@ class Renderer:
         own = list(zip(probe.ids, probe.special_tokens_mask, strict=True))
         self._before = [number for number, _ in takewhile(lambda pair: pair[1], own)]
         self._after = [number for number, _ in takewhile(lambda pair: pair[1], own[::-1])][::-1]
-        self.stop_ids = frozenset(self._turn_end()) | ({self._eos} if self._eos is not None else frozenset())
+        end, self.ending = self._turn_end()
+        self.stop_ids = frozenset(end) | ({self._eos} if self._eos is not None else frozenset())
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Ids up to where the assistant writes: what a server gives the model. Raises `DataError`."""
@@ -131,16 +135,17 @@ class Renderer:
             raise UsageError("the tokenizer has no end-of-sequence token", "set its eos_token")
         return self._after if self._eos in self._after else [*self._after, self._eos]
 
-    def _turn_end(self) -> list[int]:
-        """The id behind the answer of a probe, none where the template writes no special token there."""
+    def _turn_end(self) -> tuple[list[int], list[int]]:
+        """The id behind the answer of a probe, none where the template writes no special token there; and `ending`."""
+        eos = [] if self._eos is None else [self._eos]
         if not self.template:
-            return []
+            return [], eos
         try:
             probe = self.render([Message("user", "a"), Message("assistant", "b")])
         except DataError:
-            return []
-        supervised = [number for number, trained in zip(probe.ids, probe.trained, strict=True) if trained]
-        return supervised[-1:] if probe.ended else []
+            return [], eos
+        last = max(number for number, trained in enumerate(probe.trained) if trained)
+        return probe.ids[last : last + probe.ended], probe.ids[last + 1 - probe.ended :]
 
     def _written(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Written:
         if not messages:
