@@ -116,7 +116,7 @@ def fails(kind: type[GraftError], code: int, recipe: Recipe, folder: Path) -> st
 def test_run_folder_is_complete(done, name):
     folder = done[name].folder
     entries = {entry.name for entry in folder.iterdir()} - {".lock"}
-    documented = set(re.findall(r"(?<=  )[a-z]+(?:\.[a-z]+|/)(?= )", runfolder.__doc__.replace("runs/NAME/", "")))
+    documented = set(re.findall(r"(?<=  )[a-z_]+(?:\.[a-z]+|/)(?= )", runfolder.__doc__.replace("runs/NAME/", "")))
     documented = {entry.rstrip("/") for entry in documented}
     assert documented == runfolder.FILES - {".lock"}
     assert entries == documented - {"answers.jsonl", "skipped.jsonl", "bad_batch.jsonl"}

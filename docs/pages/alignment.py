@@ -61,7 +61,8 @@ def evaluated(run: dict[str, Any]) -> list[tuple[float, float]]:
     return [(step, 100 * value) for step, value in run["evaluations"]]
 
 
-PICTURES = tuple(f"docs/images/alignment-{name}.svg" for name in ("reward", "dpo", "grpo", "ppo"))
+RUNS = [name for name in ("reward", "dpo", "grpo", "ppo") if name in kept("alignment")]
+PICTURES = [f"docs/images/alignment-{name}.svg" for name in RUNS]
 
 
 def picture(path: str) -> str:
@@ -87,38 +88,41 @@ def with_interval(found: Sequence[float], scale: float = 100, digits: int = 1) -
     return f"{signed(scale * found[0])} ({signed(scale * found[1])} to {signed(scale * found[2])})"
 
 
-def minutes(run: dict[str, Any]) -> str:
-    """Of a whole run."""
-    return number(run["seconds"] / 60, 1)
-
-
 def table() -> str:
     """What was reached, and what it took."""
     run = kept("alignment")
-    reward, dpo, grpo, ppo = (run[name] for name in ("reward", "dpo", "grpo", "ppo"))
     machine = run["environment"]
-    ppo_change = with_interval(ppo["difference"], 1)
-    lines = [
-        "| run | figure on held-out rows | start | end | change | minutes |",
-        "|---|---|---:|---:|---:|---:|",
-        f"| `reward` | pairs ordered right, % | 50.0 | {number(100 * reward['quality'], 1)} ({number(100 * reward['quality_low'], 1)} to "
-        f"{number(100 * reward['quality_high'], 1)}) | | {minutes(reward)} |",
-        f"| `dpo` | pairs ordered right, % | 50.0 | {number(100 * dpo['quality'], 1)} ({number(100 * dpo['quality_low'], 1)} to "
-        f"{number(100 * dpo['quality_high'], 1)}) | | {minutes(dpo)} |",
-        *(
-            f"| `{name}` | exact match of {one['task']['rows']} questions, % | {number(100 * one['task']['start'], 1)} | "
-            f"{number(100 * one['task']['end'], 1)} | {with_interval(one['task']['difference'])} | {minutes(one)} |"
-            for name, one in (("dpo", dpo), ("grpo", grpo))
-        ),
-        f"| `ppo` | learned reward of {ppo['rows']} greedy answers | {number(ppo['start'], 2)} | {number(ppo['end'], 2)} | {ppo_change} | {minutes(ppo)} |",
+    lines = ["| run | figure on held-out rows | start | end | change | minutes |", "|---|---|---:|---:|---:|---:|"]
+    for name in RUNS:
+        one = run[name]
+        took = number(one["seconds"] / 60, 1)
+        if name in ("reward", "dpo"):
+            low, high = (number(100 * one[f"quality_{end}"], 1) for end in ("low", "high"))
+            right = f"{number(100 * one['quality'], 1)} ({low} to {high})"
+            lines.append(f"| `{name}` | pairs ordered right, % | 50.0 | {right} | | {took} |")
+        if "task" in one:
+            task = one["task"]
+            start, end = (number(100 * task[key], 1) for key in ("start", "end"))
+            change = with_interval(task["difference"])
+            lines.append(
+                f"| `{name}` | exact match of {task['rows']} questions, % | {start} | {end} | {change} | {took} |"
+            )
+        if name == "ppo":
+            start, end = number(one["start"], 2), number(one["end"], 2)
+            change = with_interval(one["difference"], 1)
+            lines.append(
+                f"| `ppo` | learned reward of {one['rows']} greedy answers | {start} | {end} | {change} | {took} |"
+            )
+    ppo = run["ppo"]
+    lines += [
         "",
-        f"PPO's answers are {number(ppo['kl'], 1)} nats from the reference in the mean of its last ten steps; the target is {ppo['kl_target']:g}. `dpo` and `grpo`"
-        f" start from {run['warm']['steps']} steps of supervised tuning, `ppo` from one epoch. Differences are paired over the same rows; in brackets 95 % intervals."
-        f" A reward is counted in standard deviations of the reward model's test answers.",
+        f"PPO's answers are {number(ppo['kl'], 1)} nats from the reference in the mean of its last ten steps; the target is {ppo['kl_target']:g}."
+        f" Runs on the task start from {run['warm']['steps']} steps of supervised tuning, `ppo` from one epoch of it. Differences are paired over the"
+        " same rows; in brackets 95 % intervals. A reward is counted in standard deviations of the reward model's test answers.",
         "",
-        f"`python -m benchmarks.alignment runs/alignment`: {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, beside other work.",
+        f"`python -m benchmarks.alignment runs/alignment`: {machine['cpu']}, one thread for each run beside other work, torch {machine['torch']}.",
     ]
-    for name in ("reward", "dpo", "grpo", "ppo"):
+    for name in RUNS:
         lines += ["", f"![curves of {name}](images/alignment-{name}.svg)"]
     return "\n".join(lines)
 
@@ -127,8 +131,8 @@ def samples() -> str:
     """Answers before and after, for docs/results.md."""
     run = kept("alignment")
     lines = ["| run | prompt | start | end |", "|---|---|---|---|"]
-    for name, one in (("grpo", run["grpo"]["task"]), ("dpo", run["dpo"]["task"]), ("ppo", run["ppo"])):
-        for sample in one["samples"]:
+    for name in ("dpo", "grpo", "ppo"):
+        for sample in run.get(name, {}).get("task", run.get(name, {})).get("samples", ()):
             cells = [_cell(sample[key]) for key in ("prompt", "start", "end")]
             scores = [f" ({score:+.1f})".replace("-", "−") if name == "ppo" else "" for score in sample["scores"]]
             lines.append(f"| {name} | {cells[0]} | {cells[1]}{scores[0]} | {cells[2]}{scores[1]} |")
