@@ -139,12 +139,13 @@ def main() -> None:
     """Run the parts and print their figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS, help="others keep their figures")
     parser.add_argument("--keep", action="store_true", help="write docs/results/alignment.json too")
     given = parser.parse_args()
     folder = given.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    found = measured(folder, given.parts)
+    earlier = read(folder, "alignment.json") if (folder / "alignment.json").exists() else {}
+    found = earlier | measured(folder, given.parts)
     text = json.dumps(found, indent=1) + "\n"
     (folder / "alignment.json").write_text(text)
     if given.keep:

@@ -32,6 +32,7 @@ PAGES |= {name: partial(picture, name) for name in PICTURES}
 if __name__ == "__main__":
     if sys.argv[1:2] == ["keep"]:
         keep(*sys.argv[2:])
+    (ROOT / "docs" / "images").mkdir(exist_ok=True)
     for name, page in PAGES.items():
         (ROOT / name).write_text(page(), encoding="utf-8")
         print(name)
