@@ -9,8 +9,12 @@ from pathlib import Path
 import planted
 import pytest
 import tiny
+import torch
 from planted import Planted
+from safetensors.torch import load_file, save_file
 
+from graft.errors import DamagedError
+from graft.model import load_base
 from graft.run import execute
 
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -85,6 +89,48 @@ PLANTS: list[tuple[str, str, Callable[[Path], None], int | None]] = [
     ("K5", "a recipe cut off", _recipe, None),
 ]  # fmt: skip
 
+
+def _about(**changed: object) -> Callable[[Path], None]:
+    def plant(folder: Path) -> None:
+        path = folder / "run" / "adapter" / "graft.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+
+    return plant
+
+
+def _tensors(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    def plant(folder: Path) -> None:
+        path = folder / "run" / "adapter" / "adapter_model.safetensors"
+        save_file({name: change(tensor) for name, tensor in load_file(path).items()}, path)
+
+    return plant
+
+
+OVERLAP = {
+    "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+    "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
+}
+HEAD = {"labels": ["a", "b"], "pooling": "mean"}
+ALTERED = ("graft.json", "not as written", "the file was altered")
+
+TOLD = [
+    Planted(fault, name, COMMANDS["eval"], says, 5, plant)
+    for fault, name, plant, says in [
+        ("K1", "offsets that overlap", _adapter(_header(OVERLAP) + bytes(12)),
+         ("adapter_model.safetensors", "offset", "cut off or altered")),
+        ("K1", "numbers of 8 bits", _tensors(lambda tensor: tensor.to(torch.float8_e4m3fn)), ("run/adapter", "; ")),
+        ("K1", "NaN", _tensors(lambda tensor: tensor * float("nan")), ("10 of 10 tensors", "no numbers", "earlier")),
+        ("K1", "infinity", _tensors(lambda tensor: tensor + float("inf")), ("10 of 10", "no numbers", "earlier")),
+        ("K2", "settings nested deep", _config(b"[" * 100_000), ("adapter_config.json: not JSON", "copy the folder")),
+        ("K2", "a rank that disagrees", _about(method={"name": "lora", "r": 3}), ("8 of another shape", "settings")),
+        ("K2", "dropout that is a word", _about(head=HEAD | {"dropout": "x"}), ("head", *ALTERED)),
+        ("K2", "dropout above 1", _about(head=HEAD | {"dropout": 2}), ("head", *ALTERED)),
+        ("K2", "a probe of words", _about(probe=["a"]), ("probe", *ALTERED)),
+        ("K2", "a probe of ragged rows", _about(probe=[[1.0], [1.0, 2.0]]), ("probe", *ALTERED)),
+    ]
+]  # fmt: skip
+"""What is said names the file and what to do."""
+
 CASES = [
     Planted(fault, f"{verb}: {name}", command, ("run",), code or 2, plant)
     for fault, name, plant, code in PLANTS
@@ -105,5 +151,44 @@ def test_folder(case, place, tmp_path, monkeypatch, capsys):
     planted.check(case, tmp_path, monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("case", TOLD, ids=lambda case: f"{case.fault} {case.name}")
+def test_what_is_said_of_a_folder(case, place, tmp_path, monkeypatch, capsys):
+    shutil.copytree(place / "run", tmp_path / "run")
+    planted.check(case, tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("how", ["whole", "missing", "outside", "no index", "nested deep"])
+def test_shards_of_a_base(tmp_path, how):
+    folder = tiny.write_model(tmp_path / "model")
+    whole = folder / "model.safetensors"
+    tensors = load_file(whole)
+    whole.unlink()
+    shard = folder / "model-00001-of-00001.safetensors"
+    save_file(tensors, shard, metadata={"format": "pt"})
+    named = "../moved.safetensors" if how == "outside" else shard.name
+    index = json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, named)})
+    broken = {"no index": "[]", "nested deep": "[" * 100_000}
+    (folder / "model.safetensors.index.json").write_text(broken.get(how, index))
+    if how == "whole":
+        assert load_base(str(folder)).parameter_count() > 0
+        return
+    if how == "outside":
+        shutil.copy(shard, tmp_path / "moved.safetensors")
+    if how == "missing":
+        shard.unlink()
+    with pytest.raises(DamagedError, match=r"model\.safetensors\.index\.json.*; fetch the model again") as caught:
+        load_base(str(folder))
+    told = {"missing": shard.name, "outside": "outside the folder"}
+    assert told.get(how, "cannot be read") in str(caught.value)
+
+
+def test_a_configuration_nested_deep(tmp_path):
+    folder = tiny.write_model(tmp_path / "model")
+    (folder / "config.json").write_text("[" * 100_000)
+    with pytest.raises(DamagedError, match=r"config\.json cannot be read"):
+        load_base(str(folder))
+
+
 def test_how_many():
     assert len({case.name for case in CASES}) == len(CASES) == 45
+    assert len({case.name for case in TOLD}) == len(TOLD) == 10

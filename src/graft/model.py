@@ -418,7 +418,7 @@ def _checked_folder(name: str, path: Path) -> str:
         raise ModelError(f"{name}: config.json is missing", "a model folder holds config.json, weights and a tokenizer")
     try:
         written = dict(json.loads(config.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RecursionError) as error:
         raise DamagedError(
             f"{name}: config.json cannot be read ({_first_line(error)})", "fetch the model again"
         ) from None
@@ -426,6 +426,7 @@ def _checked_folder(name: str, path: Path) -> str:
     if kind not in FAMILIES:
         inner = inner.get("model_type") if isinstance(inner, dict) else None
         raise ModelError(f"{name}: model_type {kind!r} in config.json is not known", _instead_of(kind, inner))
+    _check_index(name, path / "model.safetensors.index.json")
     if not any(path.glob("*.safetensors")):
         pickled = any(path.glob("*.bin"))
         remedy = (
@@ -437,6 +438,24 @@ def _checked_folder(name: str, path: Path) -> str:
     if not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
         raise ModelError(f"{name}: no tokenizer files", "copy tokenizer.json beside the weights")
     return str(path)
+
+
+def _check_index(name: str, index: Path) -> None:
+    """Raise `DamagedError` for an index of shards that cannot be read, or names a file that is not beside it."""
+    if not index.is_file() or (index.parent / "model.safetensors").is_file():  # a whole file goes before shards
+        return
+    try:
+        shards = {str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
+        raise DamagedError(
+            f"{name}: {index.name} cannot be read ({_first_line(error)})", "fetch the model again"
+        ) from None
+    outside = sorted(shard for shard in shards if Path(shard).name != shard)
+    missing = sorted(shard for shard in shards if not (index.parent / shard).is_file())
+    if outside:
+        raise DamagedError(f"{name}: {index.name} names {outside[0]!r}, outside the folder", "fetch the model again")
+    if missing:
+        raise DamagedError(f"{name}: {missing[0]} is missing, which {index.name} names", "fetch the model again")
 
 
 def _load_error(name: str, source: str, what: str, error: Exception) -> Exception:

@@ -334,7 +334,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DamagedError(f"{path.parent}: {path.name} is missing", "give the folder of an adapter") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedError(f"{path}: not JSON ({error})", "copy the folder again") from None
     if not isinstance(value, dict):
         raise DamagedError(f"{path}: expected an object, got {type(value).__name__}", "copy the folder again")
@@ -348,14 +348,26 @@ def _read_about(path: Path) -> dict[str, Any]:
     about = _read_json(path)
     kinds = {"method": dict, "base": dict, "probe": list}
     wrong = [key for key, kind in kinds.items() if not isinstance(about.get(key), kind)]
+    if "probe" not in wrong and not _is_table(about["probe"]):
+        wrong.append("probe")
     head = about.get("head")
     if head is not None and not (
-        isinstance(head, dict) and isinstance(head.get("labels"), list) and head.get("pooling") in get_args(Pooling)
+        isinstance(head, dict)
+        and isinstance(head.get("labels"), list)
+        and head.get("pooling") in get_args(Pooling)
+        and isinstance(head.get("dropout", 0.1), int | float)
+        and 0 <= head.get("dropout", 0.1) < 1
     ):
         wrong.append("head")
     if wrong:
         raise DamagedError(f"{path}: {', '.join(wrong)} is missing or not as written", "the file was altered")
     return about
+
+
+def _is_table(given: list[Any]) -> bool:
+    """Whether these are rows of numbers, all of one length."""
+    rows = [row for row in given if isinstance(row, list) and all(isinstance(value, int | float) for value in row)]
+    return len(rows) == len(given) and len({len(row) for row in rows}) <= 1
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -368,7 +380,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         tensors = dict(load_file(path))
     except (SafetensorError, OSError, ValueError) as error:
         raise DamagedError(f"{path}: {error}", "the file is cut off or altered") from None
-    unsound = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    # 8-bit formats of floating point have no isfinite of their own.
+    unsound = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor.float()).all())]
     if unsound:
         raise DamagedError(
             f"{folder}: {len(unsound)} of {len(tensors)} tensors hold values that are no numbers, first {unsound[0]}",
