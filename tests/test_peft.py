@@ -545,7 +545,7 @@ MINE: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["of 8 tensors", "1 missing", "2 unexpected (extra, more)", "1 of another shape"],
     ),
     "a changed value": (add(LORA_A, 0.5), ["adapter_model.safetensors is not what was saved"]),
-    "not a number": (add(LORA_A, float("nan")), ["is not what was saved"]),
+    "not a number": (add(LORA_A, float("nan")), ["1 of 8 tensors hold values that are no numbers"]),
     "another probe": (about(probe=[[9.0] * 8] * 2), ["outputs on fixed ids differ by"]),
     "a probe of another size": (about(probe=[[0.0]]), ["outputs on fixed ids differ by inf"]),
     "no probe": (about(probe=None), ["graft.json: probe is missing or not as written"]),
