@@ -123,7 +123,7 @@ def test_what_a_checkpoint_keeps_of_a_policy(place, tmp_path, monkeypatch):
         assert ("head.out.weight" in adapter) == (name == "ppo")
     assert len(resume.remembered(kept["grpo"])["silent"]) == 2 + 1  # a share for each drawing, and what the last earned
     rows = resume.remembered(kept["ppo"])["rollouts.rows"]
-    assert rows.shape == (4, 4)
+    assert rows.shape == (4, 5)
 
 
 def test_rollouts_as_tensors_are_the_same_again():

@@ -47,6 +47,14 @@ class MovementGuard:
             self.check_moved(step)
             self.check_still(step)
 
+    def check_begun(self, step: int) -> None:
+        """Stop at the end of a run all of whose steps were left out: too few for the run's guard to stop it."""
+        if not self.moves and not self.begun:
+            raise GuardError(
+                f"none of {step} steps could be used: their losses or gradients were no numbers",
+                "their rows are in bad_batch.jsonl; look at these, lower the rate, or train with precision=fp32",
+            )
+
     def check_moved(self, step: int) -> None:
         """Stop when a trainable tensor got no gradient, or did not move, in the steps so far."""
         without = [name for name in self.moving if name not in self.touched]

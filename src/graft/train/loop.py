@@ -175,6 +175,7 @@ class Trainer:
                 self._keep(keeper, optimizer, result, movement)
             clock = time.perf_counter()
         compiler.stop()
+        movement.check_begun(result.steps)
         movement.check_still(result.steps)
         last = result.best is None or result.best_step == result.steps
         if self.training.load_best_model_at_end and self.checkpoints and not last:
