@@ -22,6 +22,8 @@ MEMORY = 1.5
 """Times its prediction that peak memory must be: in docs/plan.md what a process grew by was at most 1.27 times it."""
 EVALUATING = 0.5
 """Share of a run's time that evaluation takes when it is most of it."""
+WAITED = 20.0
+"""Seconds of evaluation below which nobody waits for it: in a run of seconds its share follows the machine's load."""
 SAME_ANSWERS = 20
 """Answers that must be there before all being equal says something."""
 
@@ -212,7 +214,7 @@ def slow_evaluation(curve: Curve) -> Finding | None:
     """Evaluation that takes more of the run than training does."""
     took = sum(one.seconds or 0.0 for one in curve.evaluations)
     trained = next((step.seconds for step in reversed(curve.steps) if step.seconds is not None), None)
-    if not took or trained is None or took <= EVALUATING * (took + trained):
+    if took < WAITED or trained is None or took <= EVALUATING * (took + trained):
         return None
     per, total = took / len(curve.evaluations), curve.facts.total or curve.last
     every = max(1, int(total / max(1, int(trained / per / 4))))
