@@ -49,7 +49,7 @@ def serving_page() -> str:
         " of the same round. LoRA at queries and values, bottleneck adapters after both blocks of every layer.",
         "\n".join(late),
         f"`{run['command']}`, {run['created']}, {run['rounds']} rounds, cases alternating, {run['dtype']}; {machine['cpu']}, {machine['threads']}"
-        f" {'thread' if machine['threads'] == 1 else 'threads'} on {machine['cores']} cores shared with other work, so processor time says more"
+        f" {'thread' if machine['threads'] == 1 else 'threads'} of {machine['cores']} cores; where other work shares the machine, processor time says more"
         f" than time; Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}, peft {machine['peft']}.",
     ]
     return "\n\n".join(parts) + "\n"
