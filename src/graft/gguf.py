@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from graft.errors import DamagedError, ModelError, ResourceError, UsageError
+from graft.errors import DamagedError, ModelError, UsageError
 from graft.fetch import Report
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def convert(path: Path, target: Path, report: Report, known: Container[str] | No
 
     `known` limits the architectures (transformers' `model_type`). Raises `ModelError` for a file of another kind, an
     architecture that cannot be read or a file without a tokenizer, `DamagedError` for one that is cut off,
-    `UsageError` without the package `gguf` and `ResourceError` for a full disk. `target` is then of no use.
+    `UsageError` without the package `gguf` and `OSError` for a full disk. `target` is then of no use.
     """
     head = path.name
     report(f"reading {head}", 0.0)
@@ -304,9 +304,7 @@ def _save(model: Any, tokenizer: Any, target: Path) -> None:
         model.save_pretrained(target, max_shard_size="1TB")  # one file: its name is in FILES
         tokenizer.save_pretrained(target)
     except SafetensorError as error:  # a full disk, as safetensors tells it
-        raise ResourceError(
-            f"{target} cannot be written ({_first_line(error)})", "free some space there or set GRAFT_CACHE"
-        ) from None
+        raise OSError(_first_line(error)) from None  # as writes by others tell it
     (target / "model.safetensors").chmod(0o644)  # safetensors writes files that only their owner reads
     for name in ("config.json", "tokenizer_config.json"):  # the folder of the conversion is gone by now
         written = json.loads((target / name).read_text(encoding="utf-8"))
