@@ -189,3 +189,15 @@ def test_the_files_that_begin_first_are_there():
     assert len(set(LONGEST)) == len(LONGEST) > 5
     for name in LONGEST:
         assert (ROOT / "tests" / f"{name}.py").is_file(), name
+
+
+def test_tests_that_the_documentation_names_exist():
+    named = {
+        (path.name, *found)
+        for path in (ROOT / "docs").rglob("*.md")
+        for found in re.findall(r"`tests/(\w+\.py)(?:::(\w+))?`", path.read_text(encoding="utf-8"))
+    }
+    assert len([test for page, _, test in named if page == "reliability.md" and test]) > 40
+    for page, file, test in sorted(named):
+        held = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert not test or f"\ndef {test}(" in held, f"{page}: {file}::{test}"
