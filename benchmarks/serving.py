@@ -25,7 +25,8 @@ ROWS, READ, WRITTEN = 8, 32, 64
 LORA = ["lora"] * ROWS
 MIXES = {
     "four methods": ["lora", "lora", "bottleneck", "bottleneck", "ia3", "ia3", "prefix", "prefix"],
-    "four methods of peft": ["lora", "lora", "ia3", "ia3", "vera", "vera", "prefix", "prefix"],
+    "four methods of peft": ["lora", "lora", "ia3", "ia3", "prompt", "prompt", "prefix", "prefix"],
+    "with VeRA": ["lora", "lora", "ia3", "ia3", "vera", "vera", "prefix", "prefix"],
     "five methods": ["lora", "lora", "dora", "dora", "bottleneck", "bottleneck", "ia3", "prompt"],
 }
 LENGTHS = (16, 64, 256)
@@ -33,7 +34,8 @@ STEPS = 12
 """Tokens decoded, and half as many forward passes of each length, per variant and round in the part on latency."""
 SHAKE = 0.02
 SWITCHED, BATCHED = "peft, eight LoRA, one by one", "peft, eight LoRA, one batch with adapter_names"
-SWITCHED_MIX = "peft, four methods, one by one"
+PEERS = ("four methods of peft", "with VeRA")
+"""Mixes that peft can answer too."""
 Case = Callable[[], Any]
 
 
@@ -147,7 +149,8 @@ def throughput(rounds: int, dtype: Any, folder: Path) -> dict[str, dict[str, lis
         for name, case in with_methods.items()
         if name != "graft, no adapter"
     }
-    cases[SWITCHED_MIX] = peft_cases(dtype, folder / "mixed", MIXES["four methods of peft"], given)[0]
+    for name in PEERS:
+        cases[f"peft, {name}, one by one"] = peft_cases(dtype, folder / "mixed", MIXES[name], given)[0]
     for turn in range(rounds + 1):
         for name, case in cases.items():
             wall, processor = time.perf_counter(), time.process_time()
@@ -224,12 +227,10 @@ def ratios(found: dict[str, dict[str, list[float]]], clock: str) -> dict[str, fl
     one, beside = "graft, one LoRA", "graft, one LoRA, four methods attached"
     return {
         "eight LoRA / peft one by one": times_as_fast("graft, eight LoRA", SWITCHED),
-        "four methods of peft / peft one by one": times_as_fast("graft, four methods of peft", SWITCHED_MIX),
+        **{f"{mix} / peft one by one": times_as_fast(f"graft, {mix}", f"peft, {mix}, one by one") for mix in PEERS},
         "eight LoRA / peft adapter_names": times_as_fast("graft, eight LoRA", BATCHED),
         "eight LoRA / one LoRA": times_as_fast("graft, eight LoRA", one),
-        "four methods / one LoRA": times_as_fast("graft, four methods", beside),
-        "four methods of peft / one LoRA": times_as_fast("graft, four methods of peft", beside),
-        "five methods / one LoRA": times_as_fast("graft, five methods", beside),
+        **{f"{mix} / one LoRA": times_as_fast(f"graft, {mix}", beside) for mix in MIXES},
     }
 
 

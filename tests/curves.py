@@ -32,7 +32,7 @@ def real() -> list[Curve]:
             run["recipe"], peak_rate=run["peak_rate"], parameters=run["parameters"], total=total,
             classes=run["classes"], dtype=run["dtype"],
         )  # fmt: skip
-        steps = [Step(*values) for values in run["steps"]]
+        steps = [Step(*values[:4], watched=dict(*values[4:])) for values in run["steps"]]
         evaluations = [Evaluation(*values) for values in run["evaluations"]]
         found.append(Curve(run["name"], steps, evaluations, replace(facts, state="done")))
     return found

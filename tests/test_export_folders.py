@@ -163,7 +163,11 @@ def test_damaged_adapters(source, tmp_path):
     with pytest.raises(DamagedError, match=r"chat_template\.jinja is not what was saved"):
         export_run(str(adapter), "gguf", tmp_path / "out", model=str(source))
     told = json.loads((adapter / "graft.json").read_text())
-    (adapter / "graft.json").write_text(json.dumps(told | {"template": "x"}))  # as if there had been none
+    (adapter / "graft.json").write_text(json.dumps(told | {"template": "x"}))
+    with pytest.raises(DamagedError, match=r"graft\.json: template is missing or not as written"):
+        export_run(str(adapter), "peft", tmp_path / "out", model=str(source))
+    del told["template"]  # as if there had been none
+    (adapter / "graft.json").write_text(json.dumps(told))
     made = export_run(str(adapter), "peft", tmp_path / "odd", model=str(source))
     assert made["source"]["template_sha256"] is None
     (tmp_path / "odd").rename(tmp_path.with_name(f"{tmp_path.name}-odd"))

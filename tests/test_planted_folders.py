@@ -106,6 +106,16 @@ def _tensors(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path],
     return plant
 
 
+def _base(folder: Path, **changed: object) -> None:
+    path = folder / "run" / "adapter" / "graft.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps(told | {"base": told["base"] | changed}))
+
+
+def _write(folder: Path, template: bytes) -> None:
+    (folder / "run" / "adapter" / "chat_template.jinja").write_bytes(template)
+
+
 OVERLAP = {
     "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
     "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
@@ -128,6 +138,14 @@ TOLD = [
         ("K2", "a probe of words", _about(probe=["a"]), ("probe", *ALTERED)),
         ("K2", "a probe of ragged rows", _about(probe=[[1.0], [1.0, 2.0]]), ("probe", *ALTERED)),
     ]
+] + [
+    Planted("K2", f"{verb}: a template that is no text", COMMANDS[verb], ("chat_template.jinja: not text", "copy"), 5,
+            lambda folder: _write(folder, b"\xff\xfe{{"))
+    for verb in ("merge", "export")
+] + [
+    Planted("K2", f"{verb}: a base in a quantization that nobody knows", COMMANDS[verb], ("'int3'", "another version"),
+            5, lambda folder: _base(folder, quantization="int3", quantized_from="torch.float32"))
+    for verb in COMMANDS
 ]  # fmt: skip
 """What is said names the file and what to do."""
 
@@ -191,4 +209,4 @@ def test_a_configuration_nested_deep(tmp_path):
 
 def test_how_many():
     assert len({case.name for case in CASES}) == len(CASES) == 45
-    assert len({case.name for case in TOLD}) == len(TOLD) == 10
+    assert len({case.name for case in TOLD}) == len(TOLD) == 15

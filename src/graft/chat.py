@@ -1,16 +1,13 @@
 """Talking to a run: its base and adapter with the chat template they were trained through, and dialogues."""
 
-import hashlib
-import json
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from graft.data.dialogue import Message
-from graft.errors import DamagedError, RecipeError, UsageError
+from graft.errors import RecipeError, UsageError
 from graft.generate import positions_taken, stream
 from graft.methods import store
 from graft.methods.base import read_method
@@ -92,7 +89,7 @@ def load_served(run: str, model: str | None = None, watch: Callable[[str, float]
         raise UsageError(f"{run} has a task head, so it does not generate", "`graft eval` measures it")
     for parameter in base.model.parameters() if in_place else ():
         parameter.data = parameter.data.to(dtype)  # buffers, such as rotary frequencies, stay fp32
-    template = template_of(folder)
+    template = None if store.template_of(folder) is None else str(folder / store.TEMPLATE)
     return _spoken(Served(base, _ADAPTER, Renderer(base.tokenizer, template), run), template)
 
 
@@ -112,7 +109,7 @@ def _parts_of(run: str, model: str | None) -> tuple[str, Path | None, bool, str 
     if (path / "adapter_config.json").is_file():
         if model is None:
             raise UsageError(f"{run} is an adapter folder, which has no base in it", "give its base with --model")
-        method = about_adapter(path).get("method")
+        method = store.about_of(path).get("method")
         return model, path, method is not None and read_method(method, f"{path}/graft.json").in_place, None
     if (path / "trials").is_dir():
         trials = sorted(str(entry) for entry in (path / "trials").iterdir() if entry.is_dir())
@@ -132,29 +129,6 @@ def _parts_of(run: str, model: str | None) -> tuple[str, Path | None, bool, str 
     if model is not None or (beside and not path.exists()):
         raise UsageError(f"{run} is neither a run nor an adapter folder", "`graft runs` lists the runs")
     return run, None, False, None
-
-
-def template_of(folder: Path) -> str | None:
-    """The chat template kept with an adapter. Raises `DamagedError` when it is not the one that was saved."""
-    path = folder / "chat_template.jinja"
-    stated = (about_adapter(folder).get("template") or {}).get("sha256")
-    if not path.is_file():
-        if stated:
-            raise DamagedError(f"{path} is missing", "copy the folder again")
-        return None
-    if stated and hashlib.sha256(path.read_bytes()).hexdigest() != stated:
-        raise DamagedError(f"{path} is not what was saved", "copy the folder again")
-    return str(path)
-
-
-def about_adapter(folder: Path) -> dict[str, Any]:
-    """graft.json of an adapter folder; empty in one that peft wrote."""
-    path = folder / "graft.json"
-    try:
-        about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise DamagedError(f"{path}: not JSON ({error})", "copy the folder again") from None
-    return about if isinstance(about, dict) else {}
 
 
 class Pieces:

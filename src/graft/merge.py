@@ -336,10 +336,10 @@ def _outputs(base: Base, name: str | None, plan: _Plan) -> dict[str, Tensor]:
 
 def _take_template(base: Base, adapter: Path) -> None:
     """Give the base the chat template that the adapter was trained through, and every id that ends a turn in it."""
-    path = adapter / store.TEMPLATE
-    if not path.exists() or base.tokenizer is None:
+    template = store.template_of(adapter)
+    if template is None or base.tokenizer is None:
         return
-    base.tokenizer.chat_template = path.read_text(encoding="utf-8")
+    base.tokenizer.chat_template = template
     # A model stops at the ids of its generation configuration; the end of a turn is often another one than eos.
     base.model.generation_config.eos_token_id = sorted(Renderer(base.tokenizer).stop_ids)
 

@@ -196,9 +196,7 @@ class Rewards:
         return [(value - mean) / max(deviation, 1e-6) for value in found]
 
     def _check_template(self, run: str, folder: Path) -> None:
-        path = folder / store.TEMPLATE
-        theirs = path.read_text(encoding="utf-8") if path.is_file() else None
-        if theirs != self.template:
+        if store.template_of(folder) != self.template:
             raise UsageError(
                 f"reward {run}: it was trained through another chat template than the policy's",
                 "give both runs the same chat_template",

@@ -10,7 +10,7 @@ from graft.errors import DamagedError, NotMergeable, UsageError, nearest
 from graft.export.folders import check_peft_type, export_peft
 from graft.export.gguffile import QUANTS
 from graft.export.llamacpp import Wanted, export_gguf
-from graft.export.origin import MANIFEST, Origin, about, check_room, check_target, entry, origin_of, public_name
+from graft.export.origin import MANIFEST, Origin, check_room, check_target, origin_of, public_name
 from graft.files import folder_bytes, sha256_of, whole_folder, write_json
 from graft.gguf import check_package
 from graft.merge import Watch, check_method, merge_run
@@ -150,12 +150,12 @@ def _manifest(origin: Origin, to: str, quant: str | None, rank: int | None, work
     source: dict[str, Any] = {"name": origin.name, "base": public_name(origin.model)}
     if origin.adapter is not None:
         folder = origin.adapter
-        told = about(folder)
+        told = store.about_of(folder)
         source |= {
             "method": store.method_class(folder).name,
             "adapter_sha256": sha256_of(folder / "adapter_model.safetensors"),
-            "base_fingerprint": entry(told, "base").get("fingerprint"),
-            "template_sha256": entry(told, "template").get("sha256"),
+            "base_fingerprint": told.get("base", {}).get("fingerprint"),
+            "template_sha256": told.get("template", {}).get("sha256"),
         }
     files = {
         str(path.relative_to(work)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}

@@ -71,9 +71,7 @@ def export_peft(origin: Origin, work: Path, rank: int | None, tell: Watch) -> di
             if (origin.adapter / name).is_file():
                 shutil.copyfile(origin.adapter / name, work / name)
     else:
-        template = origin.adapter / store.TEMPLATE
-        text = template.read_text(encoding="utf-8") if template.is_file() else None
-        store.save(adapter, base, work / "adapter", template=text)
+        store.save(adapter, base, work / "adapter", template=store.template_of(origin.adapter))
         for path in (work / "adapter").iterdir():
             path.replace(work / path.name)
         (work / "adapter").rmdir()

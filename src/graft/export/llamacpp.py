@@ -13,7 +13,7 @@ from graft.errors import DamagedError, DataError, GraftError, NotMergeable, Usag
 from graft.export.gguffile import QUANTS, Speech, Written, file_bytes, write_gguf, write_vocabulary
 from graft.export.layouts import Layout, context_length, layout_of
 from graft.export.modelfile import begins_with_bos, modelfile
-from graft.export.origin import Origin, about, check_room, template_of
+from graft.export.origin import Origin, check_room
 from graft.export.probes import LONGEST, TEXTS, Agreement, compare, probe_rows, scores_of
 from graft.export.vocabulary import Vocabulary, vocabulary_of
 from graft.families import FAMILIES
@@ -71,7 +71,7 @@ def export_gguf(origin: Origin, work: Path, wanted: Wanted, tell: Watch) -> dict
     Raises `UsageError` before weights are read where the architecture or tokenizer has no form in GGUF, and
     `DamagedError` when the file, read again, is not the model.
     """
-    if origin.adapter is not None and about(origin.adapter).get("head") is not None:
+    if origin.adapter is not None and store.about_of(origin.adapter).get("head") is not None:
         raise _classifier(origin)
     tokenizer = load_tokenizer(origin.model)
     config = config_of(origin.model)
@@ -127,7 +127,7 @@ def _told(written: Written, tokens: _Tokens) -> list[str]:
 
 def _tokens(tokenizer: Any, origin: Origin, config: Any) -> _Tokens:
     """What a file says of the tokenizer and the template, the adapter's where it has one."""
-    template = None if origin.adapter is None else template_of(origin.adapter)
+    template = None if origin.adapter is None else store.template_of(origin.adapter)
     if template is not None:
         tokenizer.chat_template = template
     renderer = Renderer(tokenizer)

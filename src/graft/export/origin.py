@@ -1,18 +1,13 @@
 """What is exported, where it goes, and whether there is room."""
 
-import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from graft.errors import DamagedError, ResourceError, UsageError
-from graft.files import sha256_of
+from graft.errors import ResourceError, UsageError
 from graft.merge import check_output, source_of
-from graft.methods.store import TEMPLATE
 
 MANIFEST = "export.json"
 """The file that says where an export is from and what was checked; it also marks a folder that `--force` replaces."""
@@ -97,35 +92,3 @@ def check_room(folder: Path, needed: int) -> None:
 def public_name(name: str) -> str:
     """A model's name without the private folders before it."""
     return Path(name).name if Path(name).is_absolute() or name.startswith((".", "~")) else name
-
-
-def about(folder: Path) -> dict[str, Any]:
-    """graft.json of an adapter folder; empty in one that peft wrote. Raises `DamagedError`."""
-    path = folder / "graft.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise DamagedError(f"{path}: not JSON ({error})", "copy the folder again") from None
-    return found if isinstance(found, dict) else {}
-
-
-def entry(told: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """An object of graft.json; empty where there is none."""
-    value = told.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def template_of(folder: Path) -> str | None:
-    """The chat template kept with an adapter. Raises `DamagedError` when it is not the one that was saved."""
-    path = folder / TEMPLATE
-    wanted = entry(about(folder), "template").get("sha256")
-    if not path.is_file():
-        if wanted:
-            raise DamagedError(f"{path} is missing", "copy the folder again")
-        return None
-    if wanted and sha256_of(path) != wanted:
-        raise DamagedError(f"{path} is not what was saved", "copy the folder again")
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise DamagedError(f"{path}: not text ({error})", "copy the folder again") from None

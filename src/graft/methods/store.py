@@ -94,7 +94,7 @@ def quantized_from(folder: Path | str) -> torch.dtype | None:
 
     Raises `DamagedError` for a quantization that is not known here.
     """
-    made_for = _read_about(Path(folder) / "graft.json").get("base", {})
+    made_for = about_of(Path(folder)).get("base", {})
     if made_for.get("quantization") is None:
         return None
     dtype = _FORMATS.get(str(made_for.get("quantized_from")))
@@ -104,6 +104,22 @@ def quantized_from(folder: Path | str) -> torch.dtype | None:
             "it was written by another version of Graft, or altered",
         )
     return dtype
+
+
+def template_of(folder: Path) -> str | None:
+    """The chat template kept with an adapter; None without one. Raises `DamagedError` when it is not what was saved."""
+    path = folder / TEMPLATE
+    stated = about_of(folder).get("template", {}).get("sha256")
+    if not path.is_file():
+        if stated:
+            raise DamagedError(f"{path} is missing", "copy the folder again")
+        return None
+    if stated and sha256_of(path) != stated:
+        raise DamagedError(f"{path} is not what was saved", "copy the folder again")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{path}: not text ({error})", "copy the folder again") from None
 
 
 def _how(base: Base) -> dict[str, Any]:
@@ -138,7 +154,8 @@ def load(base: Base, folder: Path | str, name: str | None = None) -> Adapter:
     folder = Path(folder)
     source = str(folder)
     config = _read_json(folder / "adapter_config.json")
-    about = _read_about(folder / "graft.json")
+    about = about_of(folder)
+    quantized_from(folder)  # or a quantization that is not known here would only leave the probe out
     tensors = _read_tensors(folder)
     made_for = about.get("base")
     if made_for is not None and made_for.get("fingerprint") != base.fingerprint:
@@ -165,7 +182,7 @@ def load(base: Base, folder: Path | str, name: str | None = None) -> Adapter:
 def method_class(folder: Path | str) -> type[Method]:
     """The method of an adapter folder, without its base. Raises `DamagedError` as `load`."""
     folder = Path(folder)
-    config, about = _read_json(folder / "adapter_config.json"), _read_about(folder / "graft.json")
+    config, about = _read_json(folder / "adapter_config.json"), about_of(folder)
     return type(_stated(about, str(folder))) if "method" in about else _reader(config, str(folder))
 
 
@@ -341,13 +358,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_about(path: Path) -> dict[str, Any]:
-    """graft.json, with the entries that are read here; empty in a folder that peft wrote."""
+def about_of(folder: Path) -> dict[str, Any]:
+    """graft.json of an adapter folder, its entries of the right kinds; empty in a folder that peft wrote.
+
+    Raises `DamagedError`.
+    """
+    path = folder / "graft.json"
     if not path.exists():
         return {}
     about = _read_json(path)
     kinds = {"method": dict, "base": dict, "probe": list}
     wrong = [key for key, kind in kinds.items() if not isinstance(about.get(key), kind)]
+    wrong += ["template"] if not isinstance(about.get("template", {}), dict) else []
     if "probe" not in wrong and not _is_table(about["probe"]):
         wrong.append("probe")
     head = about.get("head")

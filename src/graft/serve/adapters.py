@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from graft.chat import about_adapter, template_of
 from graft.errors import DamagedError, GraftError, ResourceError, UsageError, nearest
 from graft.files import sha256_of
 from graft.generate import positions_taken
@@ -144,7 +143,7 @@ class Adapters:
                     f"{name!r} is or meets an adapter that changed the base's own weights, which is served alone",
                     "start a server for it",
                 )
-        template = template_of(place)
+        template = None if store.template_of(place) is None else str(place / store.TEMPLATE)
         renderer = Renderer(self.base.tokenizer, template) if self.writes else None
         version = Version(name, place, renderer, in_place)
         if renderer is not None and template and renderer.sha256 != Renderer(self.base.tokenizer).sha256:
@@ -309,7 +308,7 @@ def adapter_folder(given: Path | str) -> Path:
 
 def trains_in_place(folder: Path) -> bool:
     """Whether the adapter in a folder is the base's own weights. Raises `DamagedError`."""
-    method = about_adapter(folder).get("method")
+    method = store.about_of(folder).get("method")
     if method is None:
         return False
     try:
