@@ -342,7 +342,7 @@ def spoil_model(folder: Path, how: str) -> None:
         ("config.json a list", 5, "config.json cannot be read"),
         ("unknown model_type", 2, "model_type 'bort' in config.json is not known; did you mean 'bert'?"),
         ("no model_type", 2, "model_type None in config.json is not known; known: bert, "),
-        ("another width", 5, "the weights cannot be read"),
+        ("another width", 5, "the weights cannot be read (their shapes are not those of config.json)"),
         ("another depth", 2, "tensors are missing from the weights, first 'encoder.layer.2."),
         ("without tokenizer", 2, "no tokenizer files; copy tokenizer.json beside the weights"),
         ("tokenizer cut", 2, "the tokenizer cannot be read"),

@@ -460,6 +460,8 @@ def _check_index(name: str, index: Path) -> None:
 
 def _load_error(name: str, source: str, what: str, error: Exception) -> Exception:
     first = _first_line(error)
+    if "ignore_mismatched_sizes" in first:  # as transformers tells it, which points to a table in its log
+        first = "their shapes are not those of config.json"
     if Path(source).is_dir():
         damaged = what == "weights"
         kind = DamagedError if damaged else ModelError
