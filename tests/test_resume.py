@@ -193,6 +193,35 @@ def test_a_damaged_checkpoint_is_passed_over(place, tmp_path, how):
     assert curve(folder) == curve(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize(
+    "last", ['{"step": 7, "exa', '{"step": 7}\n', "\n\n", "\x00" * 4096], ids=["half", "odd", "blank", "nul"]
+)
+def test_a_log_that_a_power_cut_left_odd_is_mended(place, tmp_path, last):
+    given = recipe(place)
+    execute(given, tmp_path / "whole")
+    interrupt(given, tmp_path / "parts", 5)
+    with (tmp_path / "parts" / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(last)
+    execute(given, tmp_path / "parts")
+    assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("often")
+def test_a_clock_that_jumps_back_changes_nothing(place, tmp_path, monkeypatch):
+    given = recipe(place)
+    execute(given, tmp_path / "whole")
+    interrupt(given, tmp_path / "parts", 5)
+    now = time.time()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: now - 10**8)
+        patch.setenv("TZ", "Pacific/Kiritimati")
+        execute(given, tmp_path / "parts")
+    assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+
+
 def test_another_optimizers_memory_is_refused(place, tmp_path):
     tensors = {"random.cpu": torch.get_rng_state(), "optimizer.5.exp_avg": torch.zeros(2)}
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
