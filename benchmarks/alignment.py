@@ -1,6 +1,6 @@
 """Alignment on a real model: reward model, PPO, DPO and GRPO on SmolLM2-135M, each beside where it started.
 
-    OMP_NUM_THREADS=2 python -m benchmarks.alignment runs/alignment          # some seventy minutes on two cores
+    OMP_NUM_THREADS=2 python -m benchmarks.alignment runs/alignment          # some ninety minutes on two cores
     python -m benchmarks.alignment runs/alignment --keep                     # also docs/results/alignment.json
 
 The shipped recipes run as they are: `rlhf.yaml` (supervised tuning, reward model, PPO), a short supervised warm-up with
@@ -93,6 +93,7 @@ def costs(folder: Path) -> dict[str, Any]:
     )
     return {key: report[key] for key in kept} | {
         "seconds": folder_seconds(folder),
+        "machine": read(folder, "env.json")["machine"],
         "curve": {name: [[point["step"], point["watched"].get(name)] for point in points] for name in names},
         "evaluations": [[point["step"], point["quality"]] for point in points if point["quality"] is not None],
     }
@@ -105,10 +106,9 @@ def folder_seconds(folder: Path) -> float:
 
 def measured(folder: Path, parts: list[str]) -> dict[str, Any]:
     """Run what has not run yet, and all figures."""
-    from graft.measure import environment
     from graft.recipe import Recipe, read_recipe
 
-    found: dict[str, Any] = {"environment": environment()}
+    found: dict[str, Any] = {}
     if "rlhf" in parts:
         train("rlhf", folder / "rlhf")
         for name in ("sft", "reward", "ppo"):
@@ -139,21 +139,24 @@ def main() -> None:
     """Run the parts and print their figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS, help="others keep their figures")
+    parser.add_argument(
+        "--parts", nargs="*", default=list(PARTS), choices=PARTS, help="with --keep others keep their figures"
+    )
     parser.add_argument("--keep", action="store_true", help="write docs/results/alignment.json too")
     given = parser.parse_args()
     folder = given.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    earlier = read(folder, "alignment.json") if (folder / "alignment.json").exists() else {}
+    earlier = read(KEPT.parent, KEPT.name) if given.keep and KEPT.exists() else {}
     found = earlier | measured(folder, given.parts)
     text = json.dumps(found, indent=1) + "\n"
-    (folder / "alignment.json").write_text(text)
     if given.keep:
         KEPT.write_text(text)
     for name, run in found.items():
         print(
             name,
-            json.dumps({key: value for key, value in run.items() if key not in ("curve", "evaluations")}, indent=1),
+            json.dumps(
+                {key: value for key, value in run.items() if key not in ("curve", "evaluations", "machine")}, indent=1
+            ),
         )
 
 

@@ -91,11 +91,13 @@ def with_interval(found: Sequence[float], scale: float = 100, digits: int = 1) -
 def table() -> str:
     """What was reached, and what it took."""
     run = kept("alignment")
-    machine = run["environment"]
-    lines = ["| run | figure on held-out rows | start | end | change | minutes |", "|---|---|---:|---:|---:|---:|"]
+    lines = [
+        "| run | figure on held-out rows | start | end | change | minutes of training | in all |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
     for name in RUNS:
         one = run[name]
-        took = number(one["seconds"] / 60, 1)
+        took = f"{number(one['train_seconds'] / 60, 1)} | {number(one['seconds'] / 60, 1)}"
         if name in ("reward", "dpo"):
             low, high = (number(100 * one[f"quality_{end}"], 1) for end in ("low", "high"))
             right = f"{number(100 * one['quality'], 1)} ({low} to {high})"
@@ -120,11 +122,22 @@ def table() -> str:
         f" Runs on the task start from {run['warm']['steps']} steps of supervised tuning, `ppo` from one epoch of it. Differences are paired over the"
         " same rows; in brackets 95 % intervals. A reward is counted in standard deviations of the reward model's test answers.",
         "",
-        f"`python -m benchmarks.alignment runs/alignment`: {machine['cpu']}, one thread for each run beside other work, torch {machine['torch']}.",
+        "`python -m benchmarks.alignment runs/alignment`: " + "; ".join(where(run)) + ".",
     ]
     for name in RUNS:
         lines += ["", f"![curves of {name}](images/alignment-{name}.svg)"]
     return "\n".join(lines)
+
+
+def where(run: dict[str, Any]) -> list[str]:
+    """Which runs ran on which machine."""
+    places: dict[str, list[str]] = {}
+    for name in RUNS:
+        machine = run[name]["machine"]
+        threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+        place = f"{machine['cpu']}, {machine['dtype']}, {threads}, torch {machine['torch']}"
+        places.setdefault(place, []).append(f"`{name}`")
+    return [f"{', '.join(names)} on {place}" for place, names in places.items()]
 
 
 def samples() -> str:
