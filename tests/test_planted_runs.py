@@ -292,6 +292,16 @@ def test_a_module_that_settings_name_is_not_imported(place, tmp_path, monkeypatc
     assert "planted_module" not in sys.modules
 
 
+def test_code_that_comes_with_a_model_is_not_run(place, tmp_path):
+    shutil.copytree(place / "model", tmp_path / "model")
+    (tmp_path / "model" / "planted_code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    classes = {"AutoConfig": "planted_code.C", "AutoModel": "planted_code.M", "AutoTokenizer": ["planted_code.T", None]}
+    for name in (CONFIG, TOKENIZER):
+        _json(name, auto_map=classes)(tmp_path)
+    assert load_base(str(tmp_path / "model")).parameter_count() > 0
+    assert not (tmp_path / "ran").exists()
+
+
 def test_how_many():
     assert len({case.name for case in RUNS}) == len(RUNS) == 49
     assert len({case.name for case in USAGE}) == len(USAGE) == 61

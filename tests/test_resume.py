@@ -194,9 +194,7 @@ def test_a_damaged_checkpoint_is_passed_over(place, tmp_path, how):
 
 
 @pytest.mark.usefixtures("often")
-@pytest.mark.parametrize(
-    "last", ['{"step": 7, "exa', '{"step": 7}\n', "\n\n", "\x00" * 4096], ids=["half", "odd", "blank", "nul"]
-)
+@pytest.mark.parametrize("last", ['{"step": 7, "exa', "\x00" * 4096], ids=["half", "nul"])
 def test_a_log_that_a_power_cut_left_odd_is_mended(place, tmp_path, last):
     given = recipe(place)
     execute(given, tmp_path / "whole")
