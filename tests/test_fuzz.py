@@ -95,7 +95,7 @@ def test_any_header_of_tensors_is_read_or_refused(tmp_path):
         "data_offsets": st.lists(st.integers(-4, 2**64), max_size=3) | VALUES,
     })  # fmt: skip
 
-    @settings(max_examples=150, derandomize=True, deadline=None, database=None)
+    @settings(max_examples=100, derandomize=True, deadline=None, database=None)
     @given(st.sampled_from(sorted(header)), fields | VALUES, st.none() | st.integers(0, 2**64 - 1))
     def hold(name: str, changed: Any, stated: int | None) -> None:
         entry = header[name] | changed if isinstance(changed, dict) else changed
@@ -104,7 +104,7 @@ def test_any_header_of_tensors_is_read_or_refused(tmp_path):
         _load(base, folder, seen)
 
     hold()
-    assert seen["refused"] >= 100
+    assert seen["refused"] >= 60
     assert not seen["nameless"]
 
 
@@ -117,12 +117,12 @@ def test_any_settings_of_an_adapter_are_read_or_refused(tmp_path, name):
     whole = json.loads(path.read_text())
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=150, derandomize=True, deadline=None, database=None)
+    @settings(max_examples=60, derandomize=True, deadline=None, database=None)
     @given(st.dictionaries(st.sampled_from(sorted(whole)), VALUES, min_size=1, max_size=2))
     def hold(changed: dict[str, Any]) -> None:
         path.write_text(json.dumps(whole | changed))
         _load(base, folder, seen)
 
     hold()
-    assert seen.total() >= 100
+    assert seen.total() >= 40
     assert not seen["nameless"]

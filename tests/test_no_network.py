@@ -81,7 +81,6 @@ def test_every_command_works(place, blocked, tmp_path):
     commands = [
         ("train", recipe, "-o", run),
         ("compare", recipe, "-o", str(tmp_path / "compared"), "seeds=[1]", "preflight=false"),
-        ("eval", run),
         ("eval", run, "--data", test),
         ("chat", run, "--once", "the sea?", "--max-new-tokens", "2"),
         ("generate", run, "-f", test, "-o", str(tmp_path / "answers.jsonl"), "--max-new-tokens", "2"),
