@@ -8,7 +8,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 LONGEST = (
     "test_plan", "test_run", "test_export_folders", "test_engine", "test_instruct", "test_recommend", "test_compare",
     "test_add_a_method", "test_serve_readme", "test_tasks", "test_serve", "test_bench", "test_resume",
-    "test_no_network",
 )  # fmt: skip
 """Files of 20 s and more, which begin first: a process gets whole files (`--dist loadfile`), and a long one that begins
 last leaves the other processes idle."""

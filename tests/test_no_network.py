@@ -73,7 +73,7 @@ def ended(environment: dict[str, str], folder: Path, *commands: tuple[str, ...])
     return [tuple(one) for one in json.loads(done.stdout)]
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_every_command_works(place, blocked, tmp_path):
     run, model = str(tmp_path / "run"), str(place / "model")
     train, test = (str(place / f"{name}.jsonl") for name in ("train", "test"))
