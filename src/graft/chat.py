@@ -89,7 +89,7 @@ def load_served(run: str, model: str | None = None, watch: Callable[[str, float]
         raise UsageError(f"{run} has a task head, so it does not generate", "`graft eval` measures it")
     for parameter in base.model.parameters() if in_place else ():
         parameter.data = parameter.data.to(dtype)  # buffers, such as rotary frequencies, stay fp32
-    template = None if store.template_of(folder) is None else str(folder / store.TEMPLATE)
+    template = store.template_file(folder)
     return _spoken(Served(base, _ADAPTER, Renderer(base.tokenizer, template), run), template)
 
 

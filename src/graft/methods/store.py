@@ -122,6 +122,11 @@ def template_of(folder: Path) -> str | None:
         raise DamagedError(f"{path}: not text ({error})", "copy the folder again") from None
 
 
+def template_file(folder: Path) -> str | None:
+    """The path of `template_of`, as a renderer takes it; None without a template. Raises as that does."""
+    return None if template_of(folder) is None else str(folder / TEMPLATE)
+
+
 def _how(base: Base) -> dict[str, Any]:
     """How the base was quantized, for graft.json."""
     layer = next((layer for _, layer in packed_layers(base)), None)

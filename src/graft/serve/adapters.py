@@ -143,7 +143,7 @@ class Adapters:
                     f"{name!r} is or meets an adapter that changed the base's own weights, which is served alone",
                     "start a server for it",
                 )
-        template = None if store.template_of(place) is None else str(place / store.TEMPLATE)
+        template = store.template_file(place)
         renderer = Renderer(self.base.tokenizer, template) if self.writes else None
         version = Version(name, place, renderer, in_place)
         if renderer is not None and template and renderer.sha256 != Renderer(self.base.tokenizer).sha256:

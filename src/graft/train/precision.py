@@ -40,8 +40,8 @@ def choose(choice: Choice, device: torch.device) -> Precision:
         if found.get("amx_bf16"):
             return Precision(torch.bfloat16, "this CPU has AMX")
         if found.get("avx512_bf16") and cpu_name().startswith("Intel"):
-            # AMX is what multiplies bf16 there. Without it, as on many virtual machines, a Sapphire Rapids core reached
-            # 83 GFLOP/s in bf16 and 155 in fp32, and a step of SmolLM2-135M took 3.5 s and 2.4.
+            # AMX is what multiplies bf16 there. Without it, as on a virtual machine that hides it, a core with
+            # AVX512-FP16 reached 83 GFLOP/s in bf16 and 155 in fp32, and a step of SmolLM2-135M took 3.5 s and 2.4.
             return Precision(torch.float32, "this Intel CPU has no AMX, and its AVX512-BF16 is slower than fp32")
         if found.get("avx512_bf16"):
             return Precision(torch.bfloat16, "this CPU has AVX512-BF16")
