@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -134,3 +136,42 @@ def test_hub_ids_and_assets_say_that_there_is_no_network(place, blocked, tmp_pat
         assert named in lines[0]
     assert tries.exists()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def silent():
+    """The address of a server that takes connections and never says anything."""
+    held = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def take() -> None:
+            while True:
+                try:
+                    held.append(listening.accept()[0])
+                except OSError:  # closed
+                    return
+
+        threading.Thread(target=take, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    for connection in held:
+        connection.close()
+
+
+@pytest.mark.faults
+def test_a_network_that_hangs_is_left(place, blocked, silent, tmp_path):
+    """A hub is asked nine times, for ten seconds each; here one second, as HF_HUB_ETAG_TIMEOUT and PIP_TIMEOUT have it."""
+    environment, tries = blocked
+    codes = ended(
+        environment
+        | {"HF_ENDPOINT": silent, "HF_HUB_ETAG_TIMEOUT": "1", "PIP_INDEX_URL": silent, "PIP_TIMEOUT": "1"}
+        | {"GRAFT_CACHE": str(tmp_path / "cache"), "PIP_CONFIG_FILE": os.devnull},
+        place,
+        ("plan", "--model", "someone/a-model"),
+        ("assets", "pull", "tweets"),
+    )
+    assert [code for _, code, _ in codes] == [3, 3], codes
+    for (_, _, said), words in zip(codes, ("a-model: the model hub cannot be reached", "vaderSentiment"), strict=True):
+        lines = [line for line in said.splitlines() if line.startswith("graft: ")]
+        assert len(lines) == 1, said
+        assert words in lines[0]
+    assert not tries.exists(), tries.read_text()

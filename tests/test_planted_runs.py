@@ -11,9 +11,11 @@ import planted
 import pytest
 import tiny
 import tiny_chat
+import torch
 import yaml
 from planted import Planted
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from graft.methods import store
 from graft.model import load_base
@@ -243,6 +245,90 @@ USAGE = [
 ]  # fmt: skip
 
 
+def _second(folder: Path, **config: Any) -> None:
+    """A second base, `other/`: the model's architecture and tokenizer with other settings and random weights."""
+    shutil.copytree(folder / "model", folder / "other")
+    with torch.random.fork_rng():
+        settings = AutoConfig.from_pretrained(folder / "model", **config)
+        AutoModelForCausalLM.from_config(settings).save_pretrained(folder / "other")
+
+
+def _other(*, peft: bool = False, **config: Any) -> Plant:
+    """A second base; with `peft` the adapter is as peft would have written it, without its base's fingerprint."""
+
+    def plant(folder: Path) -> None:
+        _second(folder, **config)
+        if peft:
+            _peft()(folder)
+
+    return plant
+
+
+def _template(text: str) -> Plant:
+    """A chat template of the base's author; that of the run is taken away, so that the base's holds."""
+
+    def plant(folder: Path) -> None:
+        (folder / "model/chat_template.jinja").write_text(text)
+        shutil.rmtree(folder / "run")
+
+    return plant
+
+
+LONG = "{f}/" + "n" * 300
+GLOBALS = "{{ lipsum.__globals__['os'].popen('touch ran').read() }}"
+CLASSES = "{% for c in ''.__class__.__mro__[1].__subclasses__() %}{{ c }}{% endfor %}"
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+GROWS = "{{ 'x' * 9999999999 }}"
+WRITES = "{{ messages.append({'role': 'user', 'content': 'more'}) }}"
+ONCE = ("chat", "{m}", "--once", "x")
+PREVIEW = ("data", "preview", "{f}/train.jsonl", "--model", "{m}")
+SPOKEN = [
+    *(
+        Planted("K3", f"{words[0]}: {name}", (*words, "--model", "{f}/other"), says, 5, plant)
+        for words in (MERGE, EXPORT, ("chat", "{f}/run", "--once", "x"))
+        for name, plant, says in [
+            ("a base of other values", _other(), ("differ", "trained on")),
+            ("a wider base", _other(hidden_size=96, head_dim=16), ("differ", "trained on")),
+            ("a base of another vocabulary", _other(vocab_size=640), ("differ", "trained on")),
+            ("a wider base for peft's adapter", _other(peft=True, hidden_size=96, head_dim=16), ("another shape",)),
+            ("a flatter base for peft's adapter", _other(peft=True, num_hidden_layers=1), ("unexpected",)),
+            ("a deeper base for peft's adapter", _other(peft=True, num_hidden_layers=3), ("missing",)),
+        ]
+    ),
+    Planted("K3", "serve: a wider base", ("serve", "{f}/other", "--adapter", "a={f}/run"), ("differ", "trained on"), 5,
+            _other(hidden_size=96, head_dim=16)),
+    Planted("C8", "chat without a template", ONCE, ("chat template",), 2, _template("")),
+    *(
+        Planted("X4", f"{words[0]}: {name}", words, says, 2, _template(text))
+        for words in (ONCE, PREVIEW, TRAIN)
+        for name, text, says in [
+            ("a template that reaches for modules", GLOBALS, ("chat template", "__globals__")),
+            ("a template that reaches for classes", CLASSES, ("chat template", "__class__")),
+            ("a template that loops", LOOPS, ("chat template", "s")),
+            ("a template that grows", GROWS, ("chat template",)),
+            ("a template that writes to its rows", WRITES, ("chat template", "append")),
+        ]
+    ),
+    *(
+        Planted("R9", f"{words[0]} {words[1]}: a name of 300 characters", words, ("n" * 300,), code)
+        for words, code in [
+            (("data", "check", LONG), 2),
+            (("data", "clean", "{f}/train.jsonl", "-o", LONG), 3),
+            (("chat", LONG, "--once", "x"), 2),
+            (("eval", LONG), 2),
+            (("merge", LONG, "-o", "{o}"), 2),
+            (("merge", "{f}/run", "-o", LONG), 3),
+            (("export", "{f}/run", "--to", "peft", "-o", LONG), 3),
+            (("generate", "{m}", "-f", LONG), 2),
+            (("serve", LONG), 2),
+            (("doctor", LONG), 2),
+            (("runs", LONG), 2),
+            (("plan", LONG), 2),
+        ]
+    ),
+]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tiny.write_all(tmp_path_factory.mktemp("tiny"))
@@ -263,6 +349,14 @@ def test_run(case, place, tmp_path_factory, monkeypatch, capsys):
     folder = tmp_path_factory.mktemp("p")  # tmp_path is named after the case, whose words are looked for
     shutil.copytree(place, folder, dirs_exist_ok=True)
     _recipe()(folder)
+    planted.check(case, folder, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("case", SPOKEN, ids=lambda case: f"{case.fault} {case.name}")
+def test_run_of_chat(case, spoken, tmp_path_factory, monkeypatch, capsys):
+    folder = tmp_path_factory.mktemp("p")
+    shutil.copytree(spoken, folder, dirs_exist_ok=True)
+    (folder / "r.yaml").write_text(yaml.safe_dump(tiny_chat.settings(folder, method="lora")))
     planted.check(case, folder, monkeypatch, capsys)
 
 

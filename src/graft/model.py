@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
 from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import get_session
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -407,7 +409,22 @@ def locate(name: str) -> str:
         starters = [key for key, asset in assets.ASSETS.items() if asset.kind == "model"]
         what = "file" if single else "folder"
         raise ModelError(f"{name}: no such model {what}", f"starter models: {', '.join(starters)}")
+    hooks = get_session().event_hooks
+    if _limit not in hooks["request"]:
+        get_session().event_hooks = hooks | {"request": [*hooks["request"], _limit]}
     return name
+
+
+def _limit(request: Any) -> None:
+    """Ask a hub that takes requests and says nothing for HF_HUB_ETAG_TIMEOUT seconds, 10 unless set, each time.
+
+    huggingface_hub 2.4 has no limit for what it asks of a model first, and one of 60 s for each of six further tries.
+    """
+    most = float(HF_HUB_ETAG_TIMEOUT)
+    limits = request.extensions.get("timeout", {})
+    if request.method == "HEAD":
+        limits = {key: min(value or most, most) for key, value in limits.items()}
+    request.extensions["timeout"] = {key: most if value is None else value for key, value in limits.items()}
 
 
 def _checked_folder(name: str, path: Path) -> str:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from graft.assess import Assessor, assessor, by_rank, check_probes
 from graft.build import ADAPTER, build_adapter, check_positions, head_parameters, load_for, prepare
 from graft.data.load import Splits, read_rows, rows_of
+from graft.diagnosis.curve import Facts
 from graft.diagnosis.runs import facts_of
 from graft.errors import DamagedError, RecipeError, UsageError
 from graft.files import write_json, write_text
@@ -168,17 +169,6 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
     if run.recipe.training.preflight:  # said now: a fault of the base or of the settings is one line
         for line in ["what it takes cannot be predicted"] if expected is None else expected.lines:
             tell(line)
-
-    def record(point: Point) -> None:
-        run.folder.append("metrics.jsonl", json.dumps(asdict(point), ensure_ascii=False))
-        for line in evaluation_lines(point, run.recipe.objective.metric):
-            tell(line)
-
-    earlier: list[Point] = []
-    if start is not None:
-        done = checkpoint.check(start)["step"]
-        earlier = [Point(**given) for given in run.folder.points(done)]
-        run.folder.points(done, BAD_BATCH)
     facts = facts_of(
         run.recipe.resolved(),
         peak_rate=method.rate(base),
@@ -189,35 +179,11 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
         dtype=run.precision.name,
     )
     memory = PeakMemory(base.device)
-    trainer = Trainer(
-        base,
-        adapter,
-        run.recipe.objective,
-        run.recipe.training,
-        rate=method.rate(base),
-        seed=run.recipe.seed,
-        accelerator=run.accelerator,
-        checkpoints=run.folder.path / "checkpoints",
-        record=record,
-        progress=lambda phase, step, total: run.watch(f"{phase}, step {step} of {total}", _TRAINED * step / total),
-        engine=run.recipe.engine,
-        say=tell,
-        pass_rows=0 if expected is None else expected.pass_rows,
-        start=start,
-        earlier=earlier,
-        facts=facts,
-        bad_batch=run.folder.path / BAD_BATCH,
-    )
+    trainer = _trainer(run, method, base, adapter, start, expected, facts, tell)
     fitted = trainer.fit(train, validation)
     peak, rows_of_pass = memory.bytes(), trainer.pass_rows
     run.recipe.objective.finish(base, adapter)
-    run.watch("saving the adapter", _TRAINED)
-    saved = run.folder.path / "adapter"
-    unserved = store.save(adapter, base, saved, template=run.recipe.objective.template(base.tokenizer))
-    if unserved:
-        run.say(f"vLLM cannot serve the adapter: {unserved}")
-        if base.family.kind == "decoder":
-            say(f"vLLM cannot serve the adapter: {unserved}")
+    saved = _save(run, base, adapter, say)
     reference = measuring.logits(base, validation[:8], ADAPTER)
     trainable = adapter.trainable_count()
     total = base.parameter_count() + sum(parameter.numel() for parameter in head_parameters(adapter))
@@ -243,6 +209,61 @@ def _train(run: _Run, method: Method, say: Callable[[str], None]) -> dict[str, A
         "best_step": fitted.best_step,
         "steps": fitted.steps,
     }
+
+
+def _trainer(
+    run: _Run,
+    method: Method,
+    base: Base,
+    adapter: Adapter,
+    start: Path | None,
+    expected: Forecast | None,
+    facts: Facts,
+    tell: Callable[[str], None],
+) -> Trainer:
+    """The training loop, writing into the run's folder; from the checkpoint `start` on, if there is one."""
+
+    def record(point: Point) -> None:
+        run.folder.append("metrics.jsonl", json.dumps(asdict(point), ensure_ascii=False))
+        for line in evaluation_lines(point, run.recipe.objective.metric):
+            tell(line)
+
+    earlier: list[Point] = []
+    if start is not None:
+        done = checkpoint.check(start)["step"]
+        earlier = [Point(**given) for given in run.folder.points(done)]
+        run.folder.points(done, BAD_BATCH)
+    return Trainer(
+        base,
+        adapter,
+        run.recipe.objective,
+        run.recipe.training,
+        rate=method.rate(base),
+        seed=run.recipe.seed,
+        accelerator=run.accelerator,
+        checkpoints=run.folder.path / "checkpoints",
+        record=record,
+        progress=lambda phase, step, total: run.watch(f"{phase}, step {step} of {total}", _TRAINED * step / total),
+        engine=run.recipe.engine,
+        say=tell,
+        pass_rows=0 if expected is None else expected.pass_rows,
+        start=start,
+        earlier=earlier,
+        facts=facts,
+        bad_batch=run.folder.path / BAD_BATCH,
+    )
+
+
+def _save(run: _Run, base: Base, adapter: Adapter, say: Callable[[str], None]) -> Path:
+    """Write the adapter to its folder, which is returned, and tell of what vLLM would not serve."""
+    run.watch("saving the adapter", _TRAINED)
+    saved = run.folder.path / "adapter"
+    unserved = store.save(adapter, base, saved, template=run.recipe.objective.template(base.tokenizer))
+    if unserved:
+        run.say(f"vLLM cannot serve the adapter: {unserved}")
+        if base.family.kind == "decoder":
+            say(f"vLLM cannot serve the adapter: {unserved}")
+    return saved
 
 
 def _start(run: _Run, tell: Callable[[str], None]) -> Path | None:
