@@ -14,10 +14,11 @@ from test_causal import DECODERS, Line, lines
 from torch.nn import functional as F
 
 from graft import hidden_states, read_method
-from graft.engine import attention, compiled, loss, runtime
+from graft.engine import attention, compiled, fewrows, loss, runtime
 from graft.engine.attention import dense_attention, is_faster
 from graft.engine.compiled import LayerCompiler, layers_of, pays
 from graft.engine.dropout import cheaper_dropout, drop, keep_mask
+from graft.engine.fewrows import FewRows
 from graft.engine.loss import chunked_loss
 from graft.engine.settings import Engine
 from graft.errors import RecipeError
@@ -454,6 +455,47 @@ def test_pausing_takes_the_compiled_layers_away_for_a_while(counted):
     with compiler.paused():
         assert not any(layer._compiled_call_impl for layer in layers_of(base))
     assert [layer._compiled_call_impl for layer in layers_of(base)] == calls
+
+
+# Products of a few rows ---------------------------------------------------------------------------
+
+
+def large_and_small(monkeypatch, able=True):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_fp16": able})
+    monkeypatch.setattr(fewrows, "_LARGE_SHARED", fewrows._LARGE)
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(512, 1500), torch.nn.Linear(1500, 8), torch.nn.Linear(8, 90_000, False))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 8, 15, 16])
+def test_products_of_a_few_rows_are_the_plain_ones(rows, monkeypatch):
+    model = large_and_small(monkeypatch)
+    x = torch.randn(rows, 1, 512)
+    seen = []
+    monkeypatch.setattr(
+        fewrows, "_product", lambda layer, x, product=fewrows._product: seen.append(layer) or product(layer, x)
+    )
+    with torch.no_grad():
+        plain = model(x)
+        with FewRows(model).of(rows):
+            found = model(x)
+    torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
+    assert seen == ([model[0], model[2]] if 4 <= rows < 16 else [])
+    assert not any("forward" in vars(layer) for layer in model)
+
+
+@pytest.mark.parametrize("case", ["gradients", "autocast", "bf16", "another processor", "an error"])
+def test_other_products_stay_as_they_are(case, monkeypatch):
+    model = large_and_small(monkeypatch, able=case != "another processor")
+    if case == "bf16":
+        model.bfloat16()
+    if case == "an error":
+        with pytest.raises(RuntimeError), torch.no_grad(), FewRows(model).of(8):
+            model(torch.zeros(8, 1, 511))
+    with torch.set_grad_enabled(case == "gradients"), torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        rows = 1 if case == "an error" else 8
+        with FewRows(model).of(rows):
+            assert not any("forward" in vars(layer) for layer in model)
 
 
 # The rest -----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import graft
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "graft"
 ORDER_WITHIN = {
-    "engine": ["settings", "runtime", "dropout", "attention", "loss", "compiled"],
+    "engine": ["settings", "runtime", "dropout", "attention", "loss", "fewrows", "compiled"],
     "reading": ["faults", "lines", "jsonrows", "tables", "parquet", "files"],
     "data": ["dialogue", "rows", "turns", "readers", "writers", "formats", "tasks", "pairs", "load", "batch"],
     "rendering": ["jinja", "encoder", "spans", "render", "supervise"],

@@ -159,7 +159,7 @@ def silent():
 
 @pytest.mark.faults
 def test_a_network_that_hangs_is_left(place, blocked, silent, tmp_path):
-    """A hub is asked nine times, for ten seconds each; here one second, as HF_HUB_ETAG_TIMEOUT and PIP_TIMEOUT have it."""
+    """A hub is asked nine times, for ten seconds each; here for one, as HF_HUB_ETAG_TIMEOUT and PIP_TIMEOUT have it."""
     environment, tries = blocked
     codes = ended(
         environment

@@ -13,6 +13,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
 from graft.data.batch import pad
+from graft.engine.fewrows import FewRows
 from graft.model import Base
 from graft.parts.attach import widest
 from graft.routing import Route
@@ -81,21 +82,23 @@ class Decoder:
         self.cache = _new_cache(base.config) if use_cache else None
         self.width = widest(base, route)
         self.last = torch.tensor([-1], device=base.device)
+        self.products = FewRows(base.model)
 
     def scores(self) -> Tensor:
         """Scores [rows, vocabulary] of the next token. Those of other positions are not computed: for 64 prompts of
         150 tokens and 49,152 words they would take a gigabyte.
         """
-        output: Any = self.base.model(
-            input_ids=self.ids,
-            attention_mask=self.mask,
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=self.cache is not None,
-            # An index, not a number: transformers then takes a slice, whose product with the weights copies them for
-            # each row (1.1 GB and twice the time for these 32 rows).
-            logits_to_keep=self.last,
-        )
+        with self.products.of(self.ids.numel()):
+            output: Any = self.base.model(
+                input_ids=self.ids,
+                attention_mask=self.mask,
+                position_ids=self.positions,
+                past_key_values=self.cache,
+                use_cache=self.cache is not None,
+                # An index, not a number: transformers then takes a slice, whose product with the weights copies them
+                # for each row (1.1 GB and twice the time for these 32 rows).
+                logits_to_keep=self.last,
+            )
         scores: Tensor = output.logits[:, -1]
         return scores
 
@@ -164,16 +167,18 @@ class PairDecoder:
         self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if use_cache else None
         self.ids = base.first_decoder_ids(ids)
         self.width = widest(base, route)
+        self.products = FewRows(base.model)
 
     def scores(self) -> Tensor:
         """Scores [rows, vocabulary] of the next token."""
-        output: Any = self.base.model(
-            encoder_outputs=self.encoded,
-            attention_mask=self.mask,
-            decoder_input_ids=self.ids,
-            past_key_values=self.cache,
-            use_cache=self.cache is not None,
-        )
+        with self.products.of(self.ids.numel()):
+            output: Any = self.base.model(
+                encoder_outputs=self.encoded,
+                attention_mask=self.mask,
+                decoder_input_ids=self.ids,
+                past_key_values=self.cache,
+                use_cache=self.cache is not None,
+            )
         scores: Tensor = output.logits[:, -1]
         return scores
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import get_session
 from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
 from huggingface_hub.errors import StrictDataclassError
-from huggingface_hub.utils import get_session
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
