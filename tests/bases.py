@@ -215,6 +215,7 @@ def mixes(base: Base, name: str) -> bool:
 def keep_activations(base: Base) -> None:
     """Undo `Base.checkpoint_activations`."""
     getattr(base.model, "activation_checkpointing_disable", base.model.gradient_checkpointing_disable)()
+    base.recomputed = False
 
 
 def batch(rows: int = 4, length: int = 9, padded: str | None = "right", seed: int = 3):

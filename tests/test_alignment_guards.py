@@ -71,13 +71,13 @@ def log(folder: Path) -> str:
 def test_a_policy_that_is_not_the_reference_stops_a_run_before_its_first_step(place, tmp_path, monkeypatch, name):
     """The fault: a policy whose log-probabilities are a millionth off. The healthy case is every other run."""
     module: Any = dpo if name == "dpo" else online
-    read = module.batch_logps
+    read = module.answer_logps
 
-    def off(base: Any, batch: Any, targets: Any, entry: Any, *more: Any) -> Tensor:
-        found: Tensor = read(base, batch, targets, entry, *more)
-        return found * (1 + 1e-6) if entry is not None else found
+    def off(base: Any, rows: Any, entry: Any, *more: Any) -> tuple[Tensor, Tensor]:
+        found, targets = read(base, rows, entry, *more)
+        return found * (1 + 1e-6) if entry is not None else found, targets
 
-    monkeypatch.setattr(module, "batch_logps", off)
+    monkeypatch.setattr(module, "answer_logps", off)
     given = pairs(place, "dpo") if name == "dpo" else policy(place, "return 1", name=name)
     with pytest.raises(GuardError, match="before the first step the policy is not the reference"):
         execute(given, tmp_path / "run")

@@ -113,10 +113,11 @@ def close(mine: Tensor, theirs: Tensor, leaf: Tensor, most: float = 1e-5) -> Non
 def given(monkeypatch: pytest.MonkeyPatch, module: Any, leaf: Tensor) -> None:
     """Let an objective read `leaf` [B, S - 1] where it would run the model."""
 
-    def read(base: Any, batch: Any, targets: Tensor, *_: Any) -> Tensor:
-        return leaf[targets[:, :-1] != -100]
+    def read(base: Any, rows: Any, *_: Any) -> tuple[Tensor, Tensor]:
+        targets = collate(base, rows)[1]
+        return leaf[targets[:, :-1] != -100], targets
 
-    monkeypatch.setattr(module, "batch_logps", read)
+    monkeypatch.setattr(module, "answer_logps", read)
 
 
 # Preferences ----------------------------------------------------------------------------------------

@@ -37,12 +37,12 @@ ORDER_WITHIN = {
         "head",
     ],
     "methods": ["folder", "base", "linears", "lowrank", "mixture", "attended", "virtual", "*", "store", "table"],
-    "alignment": ["losses", "logprobs", "pairs", "reference", "rewards", "rollouts"],
+    "alignment": ["losses", "logprobs", "pairs", "reference", "rewards", "rollouts", "shared"],
     "diagnosis": [
         *("curve", "rates", "broken", "fit", "outcome", "aligned", "diagnose", "advice", "runs", "trainer"),
         *("comparison", "guard"),
     ],
-    "objectives": ["base", "templated", "causal", "online", "*"],
+    "objectives": ["base", "templated", "causal", "answers", "online", "*"],
     "planning": ["fake", "live", "step", "catalogue", "machine", "simulate", "smaller", "plan", "preflight"],
     "advice": ["rules", "choice", "case", "evidence", "ruled", "measured", "fit", "recommend"],
     "cli": [

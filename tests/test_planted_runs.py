@@ -291,8 +291,8 @@ SPOKEN = [
             ("a wider base", _other(hidden_size=96, head_dim=16), ("differ", "trained on")),
             ("a base of another vocabulary", _other(vocab_size=640), ("differ", "trained on")),
             ("a wider base for peft's adapter", _other(peft=True, hidden_size=96, head_dim=16), ("another shape",)),
-            ("a flatter base for peft's adapter", _other(peft=True, num_hidden_layers=1), ("unexpected",)),
-            ("a deeper base for peft's adapter", _other(peft=True, num_hidden_layers=3), ("missing",)),
+            ("a flatter base for peft's adapter", _other(peft=True, num_hidden_layers=1), ("are not in",)),
+            ("a deeper base for peft's adapter", _other(peft=True, num_hidden_layers=3), ("have no tensors",)),
         ]
     ),
     Planted("K3", "serve: a wider base", ("serve", "{f}/other", "--adapter", "a={f}/run"), ("differ", "trained on"), 5,
@@ -310,20 +310,20 @@ SPOKEN = [
         ]
     ),
     *(
-        Planted("R9", f"{words[0]} {words[1]}: a name of 300 characters", words, ("n" * 300,), code)
-        for words, code in [
-            (("data", "check", LONG), 2),
-            (("data", "clean", "{f}/train.jsonl", "-o", LONG), 3),
-            (("chat", LONG, "--once", "x"), 2),
-            (("eval", LONG), 2),
-            (("merge", LONG, "-o", "{o}"), 2),
-            (("merge", "{f}/run", "-o", LONG), 3),
-            (("export", "{f}/run", "--to", "peft", "-o", LONG), 3),
-            (("generate", "{m}", "-f", LONG), 2),
-            (("serve", LONG), 2),
-            (("doctor", LONG), 2),
-            (("runs", LONG), 2),
-            (("plan", LONG), 2),
+        Planted("R9", f"{' '.join(words[:places])}: a name of 300 characters", words, ("n" * 300,))
+        for places, words in [
+            (2, ("data", "check", LONG)),
+            (2, ("data", "clean", "{f}/train.jsonl", "-o", LONG + ".jsonl")),
+            (1, ("chat", LONG, "--once", "x")),
+            (1, ("eval", LONG)),
+            (1, ("merge", LONG, "-o", "{o}")),
+            (1, ("generate", "{m}", "-f", LONG)),
+            (1, ("serve", LONG)),
+            (1, ("doctor", LONG)),
+            (1, ("runs", LONG)),
+            (1, ("plan", LONG)),
+            (3, ("merge", "{f}/run", "-o", LONG)),
+            (3, ("export", "{f}/run", "-o", LONG, "--to", "peft")),
         ]
     ),
 ]  # fmt: skip

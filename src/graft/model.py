@@ -65,6 +65,9 @@ class Base:
     quantization: Literal["nf4"] | None = None
     """How the matrices inside the layers are kept, where not as they were loaded."""
 
+    recomputed: bool = False
+    """Whether the backward pass computes activations anew."""
+
     fingerprint: str = ""
     """What tells this base's weights from others; made of them when left out."""
 
@@ -156,6 +159,7 @@ class Base:
         # It also makes embeddings ask for a gradient, which only reentrant recomputation needs: layers below all that
         # trains would run again for nothing.
         self.model.disable_input_require_grads()
+        self.recomputed = True
 
     def hidden(self, batch: Mapping[str, Tensor], causal_parts: bool = False) -> Hidden:
         """Hidden states of the current route for `input_ids` [B, S] and `attention_mask` [B, S].

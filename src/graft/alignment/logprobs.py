@@ -5,7 +5,6 @@ from torch import Tensor
 
 from graft.engine.loss import chunked_losses
 from graft.model import Base
-from graft.parts.attach import hidden_states
 from graft.routing import Entry
 
 
@@ -26,13 +25,6 @@ def token_logps(base: Base, states: Tensor, targets: Tensor, entry: Entry, tempe
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters()):
             return -torch.nn.functional.cross_entropy(score(states[known]), targets[known], reduction="none")
         return -chunked_losses(states[known], targets[known], score, words)
-
-
-def batch_logps(
-    base: Base, batch: dict[str, Tensor], targets: Tensor, entry: Entry, temperature: float = 1.0
-) -> Tensor:
-    """`token_logps` of a batch that is yet to be read, [tokens]."""
-    return token_logps(base, hidden_states(base, batch, entry).last, targets, entry, temperature)
 
 
 def row_sums(values: Tensor, targets: Tensor) -> Tensor:

@@ -92,6 +92,11 @@ class Side:
         """1 at the answer's tokens."""
         return self.answer.trained
 
+    @property
+    def prompt(self) -> int:
+        """Tokens before the answer."""
+        return self.answer.prompt
+
     def __len__(self) -> int:
         return len(self.answer.ids)
 

@@ -1,5 +1,6 @@
 """The command line: each command is one call of a public function. Heavy modules are imported when a command runs."""
 
+import errno
 import io
 import os
 import signal
@@ -47,7 +48,8 @@ _AGAIN = {
     "train": "; the same command goes on behind the last checkpoint, where there is one",
 }
 """What an interrupted command says of being called again."""
-
+_NO_FILE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+"""What the system says of a path that can be no file: bad input, where other errors of it are a lack of something."""
 # typer carries a copy of click, in earlier versions click itself: their common error is found through typer.
 _ClickUsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -91,7 +93,7 @@ def main() -> None:
     except BrokenPipeError:
         code = 0
     except OSError as error:
-        code = _say(f"{error.filename or 'the system'}: {error.strerror or error}", 3)
+        code = _say(f"{error.filename or 'the system'}: {error.strerror or error}", 2 if error.errno in _NO_FILE else 3)
     except Exception as error:
         if os.environ.get("GRAFT_DEBUG"):
             raise

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from graft.alignment import losses
-from graft.alignment.logprobs import batch_logps, row_counts, row_sums
+from graft.alignment.logprobs import row_counts, row_sums
 from graft.alignment.pairs import Judged, Pair, Side, read_answers, sides
 from graft.alignment.reference import (
     is_simulated,
@@ -28,8 +28,8 @@ from graft.data.load import Unit
 from graft.errors import DataError, GuardError
 from graft.generate import answer_all
 from graft.model import Base
+from graft.objectives.answers import answer_logps
 from graft.objectives.base import Loss, Report, Result, Say, silent
-from graft.objectives.causal import collate
 from graft.objectives.templated import Templated
 from graft.parts.base import Adapter
 from graft.routing import Entry, Route
@@ -325,8 +325,8 @@ class Dpo(Templated):
 
 def _logps(base: Base, answers: Sequence[Side], entry: Entry) -> tuple[Tensor, Tensor]:
     """Summed log-probabilities of answers and the numbers of their tokens, [answers] each."""
-    batch, targets = collate(base, answers)
-    return row_sums(batch_logps(base, batch, targets, entry), targets), row_counts(targets)
+    values, targets = answer_logps(base, answers, entry)
+    return row_sums(values, targets), row_counts(targets)
 
 
 def _exchanged(asked: Side, answer: Side) -> Side:

@@ -8,13 +8,13 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from graft.alignment import losses
-from graft.alignment.logprobs import batch_logps, row_counts
+from graft.alignment.logprobs import row_counts
 from graft.alignment.rewards import Rewards
 from graft.alignment.rollouts import Prompt, Rollout, distinct, joined, often
 from graft.errors import GuardError
 from graft.model import Base
+from graft.objectives.answers import answer_logps
 from graft.objectives.base import Loss, Say, silent
-from graft.objectives.causal import collate
 from graft.objectives.online import Online
 from graft.parts.base import Adapter
 from graft.routing import Entry, Route
@@ -149,8 +149,7 @@ class Grpo(Online):
     def loss(self, base: Base, examples: Sequence[Rollout], route: Entry | Route) -> Loss:
         """The clipped surrogate and the distance to the reference, summed over tokens."""
         assert not isinstance(route, Route)
-        batch, targets = collate(base, examples)
-        logps = batch_logps(base, batch, targets, route, self.temperature)
+        logps, targets = answer_logps(base, examples, route, self.temperature)
         old = joined([one.old for one in examples], base.device) if self.num_iterations > 1 else None
         advantages = joined([one.advantages for one in examples], base.device)
         assert advantages is not None

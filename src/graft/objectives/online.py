@@ -9,7 +9,6 @@ from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from graft.alignment.logprobs import batch_logps
 from graft.alignment.reference import (
     reference,
     refuse_in_place,
@@ -24,8 +23,9 @@ from graft.data.dialogue import Dialogue
 from graft.data.load import DataConfig, Splits, Unit, load_splits
 from graft.generate import answer_all
 from graft.model import Base
+from graft.objectives.answers import answer_logps
 from graft.objectives.base import Report, Result, Say, silent
-from graft.objectives.causal import collate, row_figures
+from graft.objectives.causal import row_figures
 from graft.objectives.templated import Templated
 from graft.parts.base import Adapter
 from graft.rendering.supervise import supervise
@@ -119,9 +119,9 @@ class Online(Templated):
         self._say, self._rollouts, self._watched, self._sums = say, [], {}, {}
         self._prompts = examples
         if starts_as_reference(adapter, self.init):
-            batch, targets = collate(base, examples[:2])
             with torch.no_grad():
-                mine, theirs = (batch_logps(base, batch, targets, way) for way in (adapter.name, self.reference(base)))
+                ways = (adapter.name, self.reference(base))
+                mine, theirs = (answer_logps(base, examples[:2], way)[0] for way in ways)
             require_reference(mine, theirs, examples[0].place)
 
     def memory(self) -> dict[str, Tensor]:
@@ -199,8 +199,7 @@ class Online(Templated):
         """log π of each answer's tokens under a route, [tokens] each."""
         for start in range(0, len(rollouts), size):
             part = rollouts[start : start + size]
-            batch, targets = collate(base, part)
-            values = batch_logps(base, batch, targets, entry, self.temperature)
+            values, _ = answer_logps(base, part, entry, self.temperature)
             yield from values.split([one.drawn for one in part])
 
     def note(self, name: str, values: Tensor, times: Tensor | None = None) -> None:
