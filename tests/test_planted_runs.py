@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from graft.methods import store
 from graft.model import load_base
+from graft.rendering import jinja
 from graft.run import execute
 
 Plant = Callable[[Path], None]
@@ -357,6 +358,7 @@ def test_run_of_chat(case, spoken, tmp_path_factory, monkeypatch, capsys):
     folder = tmp_path_factory.mktemp("p")
     shutil.copytree(spoken, folder, dirs_exist_ok=True)
     (folder / "r.yaml").write_text(yaml.safe_dump(tiny_chat.settings(folder, method="lora")))
+    monkeypatch.setattr(jinja, "_SECONDS", 0.5)  # what a template may take
     planted.check(case, folder, monkeypatch, capsys)
 
 
@@ -399,3 +401,4 @@ def test_code_that_comes_with_a_model_is_not_run(place, tmp_path):
 def test_how_many():
     assert len({case.name for case in RUNS}) == len(RUNS) == 49
     assert len({case.name for case in USAGE}) == len(USAGE) == 61
+    assert len({case.name for case in SPOKEN}) == len(SPOKEN) == 47

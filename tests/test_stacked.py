@@ -6,9 +6,10 @@ from bases import batch, hidden, make, put, row_of
 from torch import nn
 
 from graft.methods.base import methods, read_method
+from graft.parts import attention
 from graft.parts.attach import attach, detach
 from graft.parts.base import Part
-from graft.parts.stacked import FEW, Stack, Stacks, _group_size, can_stack
+from graft.parts.stacked import FEW, Fronts, Stack, Stacks, _group_size, can_stack
 from graft.routing import Route, Tenants
 
 STACKED = ["lora", "dora", "adalora", "ia3", "bottleneck", "parallel", "unified"]
@@ -238,3 +239,79 @@ def test_rows_of_a_place_are_divided():
     assert torch.tensor([0, 1, 2, 3, 5, 4])[tenants.inverse].tolist() == list(range(6))
     tenants.leave("c")
     assert tenants.divide(route)[1] == ([], slice(2, 6))
+
+
+# Prefixes -------------------------------------------------------------------------------------------
+
+PREFIXED = [None, "short", "long", "lora", "short", "both", None]
+
+
+@pytest.fixture
+def attended(monkeypatch):
+    """The keys of every attention."""
+    seen: list[int] = []
+    inner = attention._core
+
+    def core(module, query, key, *args, **more):
+        seen.append(key.shape[2])
+        return inner(module, query, key, *args, **more)
+
+    monkeypatch.setattr(attention, "_core", core)
+    return seen
+
+
+def prefixed(family):
+    base = make(family)
+    put(base, "prefix", "short", shake=0.5, num_virtual_tokens=3)
+    put(base, "prefix", "long", shake=0.5, num_virtual_tokens=7)
+    put(base, "mam", "both", shake=0.5)
+    put(base, "lora", shake=0.3)
+    return base
+
+
+@pytest.mark.parametrize("padded", [None, "left", "right"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "qwen2", "t5"])
+def test_prefixes_of_several_adapters_attend_at_once(family, padded, attended, monkeypatch):
+    if (family, padded) == ("t5", "left"):
+        pytest.skip("an encoder-decoder reads from the left")
+    base = prefixed(family)
+    given = batch(rows=len(PREFIXED), length=8, padded=padded)
+    with torch.no_grad():
+        hidden(base, given, None)
+        plain = len(attended)
+        attended.clear()
+        mixed = hidden(base, given, Route.of(PREFIXED)).last
+        assert len(attended) == plain
+        assert max(attended) == 8 + 7
+        monkeypatch.setattr(Fronts, "of", lambda self, route: None)
+        attended.clear()
+        apart = hidden(base, given, Route.of(PREFIXED)).last
+        assert len(attended) > plain
+    real = given["attention_mask"].bool()
+    torch.testing.assert_close(mixed[real], apart[real], atol=1e-5, rtol=1e-5)
+
+
+def test_prefixes_that_change_are_seen(attended):
+    base = prefixed("llama")
+    given, route = batch(rows=len(PREFIXED), length=5), Route.of(PREFIXED)
+    with torch.no_grad():
+        before = hidden(base, given, route).last
+        for _, part in base.adapters["short"].placed:
+            part.values.mul_(3)
+        after = hidden(base, given, route).last
+    moved = [bool((before[row] - after[row]).abs().max() > 1e-3) for row in range(len(PREFIXED))]
+    assert moved == [entry == "short" for entry in PREFIXED]
+    assert len(attended) == 2 * 2  # two layers, twice
+
+
+@pytest.mark.parametrize("case", ["gradients", "an encoder", "an attention of another kind"])
+def test_what_attends_one_by_one(case, attended):
+    base = prefixed("llama")
+    if case == "an encoder":
+        put(base, "prefix", "made", prefix_projection=True, encoder_hidden_size=8)
+    if case == "an attention of another kind":
+        put(base, "longlora", "made", group_size=4)
+    entries = PREFIXED if case == "gradients" else [*PREFIXED, "made"]
+    with torch.set_grad_enabled(case == "gradients"), base.route(Route.of(entries)):
+        base.hidden(batch(rows=len(entries), length=8, padded=None))
+    assert len(attended) > 2

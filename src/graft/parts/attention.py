@@ -18,6 +18,7 @@ from graft.engine.attention import at_autocast, dense_attention, is_faster
 from graft.errors import ModelError
 from graft.model import Base
 from graft.parts.base import Core, Part
+from graft.parts.stacked import Fronts
 from graft.routing import Router, Rows, Tenants, by_rows, take
 
 NAME = "graft"
@@ -35,6 +36,7 @@ class AttentionSlot:
         self.router = router
         self.name = name
         self.parts: Tenants[Part] = Tenants()
+        self.fronts = Fronts(self.parts)
 
 
 def slot_at(module: nn.Module) -> AttentionSlot | None:
@@ -103,6 +105,10 @@ def graft_attention(
 
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     mask = _explicit_mask(attention_mask, position_bias, query, key, causal)
+    front = slot.fronts.of(slot.router.require())
+    if front is not None:
+        slot.router.require().check(query.shape[0], slot)
+        return core(query, *_behind(front, key, value, query.shape[2], mask)), None
 
     def attend(chain: list[Part], rows: Rows) -> Tensor:
         call: Core = core
@@ -163,6 +169,22 @@ def _explicit_mask(mask: Tensor | None, bias: Tensor | None, query: Tensor, key:
     if mask.dtype == torch.bool:
         return torch.where(mask, bias, torch.finfo(bias.dtype).min)
     return bias + mask
+
+
+def _behind(
+    front: tuple[Tensor, Tensor, Tensor], key: Tensor, value: Tensor, queries: int, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and mask [B, …, S, n + T] of all rows, with what each has in front."""
+    keys, values, seen = front
+    rows = key.shape[0]
+    if mask is None:
+        mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=key.device)
+    if mask.dtype != torch.bool:
+        seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, torch.finfo(mask.dtype).min)
+    heads = mask.shape[1]
+    whole = [part.expand(rows, heads, queries, -1) for part in (seen, mask)]
+    joined = (torch.cat([one.to(other.dtype), other], dim=2) for one, other in ((keys, key), (values, value)))
+    return (*joined, torch.cat(whole, dim=3))  # type: ignore[return-value]
 
 
 def widen_mask(mask: Tensor | None, n: int) -> Tensor | None:

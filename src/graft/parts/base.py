@@ -72,6 +72,12 @@ class Part(nn.Module):
         """Attention [B, S, heads, d] through `core`, with other keys, values or mask."""
         raise NotImplementedError
 
+    def front(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [kv_heads, n, d] where `attend` only puts these in front of the row's own, so that rows of
+        several adapters can attend at once; None where it does more, or where they are not made of the part's own
+        tensors."""
+        return None
+
     def virtual(self) -> Tensor:
         """Virtual tokens [n, d] put before the embedded row."""
         raise NotImplementedError

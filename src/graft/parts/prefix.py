@@ -49,6 +49,10 @@ class PrefixPart(Part):
         keys, values = both.permute(1, 2, 0, 3)
         return keys, values
 
+    def front(self) -> tuple[Tensor, Tensor] | None:
+        """Its keys and values, where no encoder makes them."""
+        return None if self.__dict__["encoder"] is not None else self.keys_and_values()
+
     def attend(self, core: Core, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attention with n more keys and values in front, which every query sees."""
         keys, values = (both.to(k.dtype).expand(k.shape[0], -1, -1, -1) for both in self.keys_and_values())

@@ -209,6 +209,52 @@ class Stacks:
         return 2 * len(known) >= len(self.stack.names) and not any(can_stack(self.parts[name]) for name in alone)
 
 
+class Fronts:
+    """The keys and values that some rows of a batch have in front of their own, at one attention, for one product."""
+
+    def __init__(self, parts: Tenants[Part]) -> None:
+        self.parts = parts
+        self.route: Route | None = None
+        self.watch: Watch | None = None
+        self.joined: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def of(self, route: Route) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Keys and values [B, kv_heads, n, d], zeros in front of rows that have fewer, and which ones a row sees
+        [B, 1, 1, n]. None where rows attend each in their own way, all in one way, or a gradient is wanted.
+        """
+        if route.uniform is not None or torch.is_grad_enabled() or torch.compiler.is_compiling() or route.stacked:
+            return None
+        if self.route is not route or self.watch is None or not self.watch.holds():
+            names = [name for name in self.parts if name in route.names()]
+            chosen = [self.parts[name] for name in names]
+            self.route, self.watch = route, Watch(self.parts, chosen, nn.Module())
+            self.joined = _in_front(route, names, chosen) if self.watch.unwritten else None
+        return self.joined
+
+
+def _in_front(route: Route, names: list[str], parts: list[Part]) -> tuple[Tensor, Tensor, Tensor] | None:
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, part in zip(names, parts, strict=True):
+        front = part.front() if issubclass(_writer(part, "front"), _writer(part, "attend")) else None
+        if front is None:
+            return None
+        found[name] = front
+    if not found:
+        return None
+    longest = max(keys.shape[1] for keys, _ in found.values())
+    heads, _, width = next(iter(found.values()))[0].shape
+    like = next(iter(found.values()))[0]
+    both = like.new_zeros(2, len(route.entries), heads, longest, width)
+    seen = torch.zeros(len(route.entries), 1, 1, longest, dtype=torch.bool, device=like.device)
+    for row, entry in enumerate(route.entries):
+        for name in entry:
+            if name in found:
+                count = found[name][0].shape[1]
+                both[0, row, :, longest - count :], both[1, row, :, longest - count :] = found[name]
+                seen[row, ..., longest - count :] = True
+    return both[0], both[1], seen
+
+
 def _forms(names: list[str], parts: list[Part]) -> Iterator[tuple[str, Form]]:
     """The forms of the parts that have one."""
     for name, part in zip(names, parts, strict=True):
