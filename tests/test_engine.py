@@ -357,10 +357,11 @@ def test_recomputed_activations_are_not_compiled(counted, monkeypatch):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """A folder for generated code, empty at first. One for all tests: torch compiles its own headers once in each."""
+    """A folder for generated code, empty at first. torch does not compile its headers ahead there: kernels are few."""
     folder = tmp_path_factory.mktemp("kernels")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        patch.setattr("torch._inductor.config.cpp_cache_precompile_headers", False)
         yield folder
 
 

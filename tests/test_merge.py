@@ -18,7 +18,7 @@ from test_cli import Command, graft, refused
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from graft import merge as merging
-from graft.errors import DamagedError, NotMergeable, RecipeError, ResourceError, UsageError
+from graft.errors import DamagedError, NotMergeable, RecipeError, UsageError
 from graft.merge import merge_run, merged_lines
 from graft.methods import store
 from graft.methods.base import methods, read_method
@@ -364,7 +364,7 @@ def test_places_where_nothing_is_written(place, tmp_path):
     assert not (model / "merged").exists()
     (tmp_path / "empty").mkdir()
     merge_run(adapter, tmp_path / "empty", model=str(model))
-    with pytest.raises(ResourceError, match="cannot be written"):
+    with pytest.raises(UsageError, match="cannot be written"):
         merge_run(adapter, tmp_path / "file" / "m", model=str(model))
     assert left(tmp_path) == ["a", "empty", "file", "full", "link"]
 

@@ -820,8 +820,8 @@ def test_hidden_files_stay(place, tmp_path):
 def test_folder_that_is_a_file(place, tmp_path):
     (tmp_path / "run").write_text("x")
     assert "is a file, a run needs a folder" in fails(RecipeError, 2, tiny.recipe(place), tmp_path / "run")
-    message = fails(ResourceError, 3, tiny.recipe(place), tmp_path / "run" / "below")
-    assert "cannot be made (Not a directory); choose another folder" in message
+    message = fails(UsageError, 2, tiny.recipe(place), tmp_path / "run" / "below")
+    assert "cannot be written (Not a directory); choose another place" in message
     assert (tmp_path / "run").read_text() == "x"
 
 

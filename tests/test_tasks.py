@@ -216,7 +216,7 @@ def test_rows_depend_on_no_hash_seed_and_no_random_state():
     agree([name for name in STABLE if name not in SLOW])
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_rows_of_slow_tasks_depend_on_no_hash_seed():
     agree(sorted(SLOW))
 

@@ -13,8 +13,12 @@ GraftError
 └── Interrupted    130    Ctrl-C or SIGTERM
 """
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+NO_FILE = (errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
+"""What the system says of a path that can be no file: bad input, where other errors of it are a lack of something."""
 
 
 class GraftError(Exception):

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from graft.errors import DamagedError, ResourceError
+from graft.errors import NO_FILE, DamagedError, GraftError, ResourceError, UsageError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -74,10 +74,15 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:  # a full disk, as safetensors tells it
-        raise ResourceError(
-            f"{path} cannot be written ({getattr(error, 'strerror', None) or error})",
-            "free space or choose another place",
-        ) from None
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path, error: OSError | SafetensorError) -> GraftError:
+    """What the system's refusal to write a path means: a path that can be no file is bad input, the rest a lack."""
+    message = f"{path} cannot be written ({getattr(error, 'strerror', None) or error})"
+    if getattr(error, "errno", None) in NO_FILE:
+        return UsageError(message, "choose another place")
+    return ResourceError(message, "free space or choose another place")
 
 
 def _flush(path: Path) -> None:

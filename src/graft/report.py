@@ -62,7 +62,7 @@ _SCOPE = {
 def write_report(comparison: Mapping[str, Any], path: Path) -> None:
     """Write `comparison` as one HTML page of about 5 MB that loads nothing; it is complete or not there.
 
-    Raises `ResourceError` where the file cannot be written.
+    Raises `ResourceError` where the disk refuses, `UsageError` for a path that can be no file.
     """
     from plotly.offline import get_plotlyjs  # slow to import, and only a page needs it
 

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 from graft.config import read_yaml
 from graft.errors import DamagedError, DataError, GraftError, RecipeError, ResourceError
-from graft.files import write_json, write_text
+from graft.files import unwritable, write_json, write_text
 
 BAD_BATCH = "bad_batch.jsonl"
 """Rows of the steps that were left out."""
@@ -54,7 +54,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")
         except OSError as error:
-            raise ResourceError(f"{self.path} cannot be made ({error.strerror})", "choose another folder") from None
+            raise unwritable(self.path, error) from None
         with lock:
             self._lock(lock)
             self.check(recipe)

@@ -1,6 +1,5 @@
 """The command line: each command is one call of a public function. Heavy modules are imported when a command runs."""
 
-import errno
 import io
 import os
 import signal
@@ -13,7 +12,7 @@ import typer
 from graft import __version__
 from graft.cli import chat, data, doctor, export, hardware, look, plan, recommend, runs, serve
 from graft.engine.runtime import prepare_environment
-from graft.errors import GraftError
+from graft.errors import NO_FILE, GraftError
 from graft.limits import is_memory
 
 app = typer.Typer(
@@ -48,8 +47,6 @@ _AGAIN = {
     "train": "; the same command goes on behind the last checkpoint, where there is one",
 }
 """What an interrupted command says of being called again."""
-_NO_FILE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
-"""What the system says of a path that can be no file: bad input, where other errors of it are a lack of something."""
 # typer carries a copy of click, in earlier versions click itself: their common error is found through typer.
 _ClickUsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -93,7 +90,7 @@ def main() -> None:
     except BrokenPipeError:
         code = 0
     except OSError as error:
-        code = _say(f"{error.filename or 'the system'}: {error.strerror or error}", 2 if error.errno in _NO_FILE else 3)
+        code = _say(f"{error.filename or 'the system'}: {error.strerror or error}", 2 if error.errno in NO_FILE else 3)
     except Exception as error:
         if os.environ.get("GRAFT_DEBUG"):
             raise

@@ -100,7 +100,7 @@ def _values(assignments: list[str]) -> dict[str, Any]:
 
 def _write(found: "Recommendation", path: Path) -> None:
     """Save the recipe, once it reads back as it is."""
-    from graft.errors import ResourceError
+    from graft.files import unwritable
     from graft.recipe import Recipe, read_recipe
 
     assert found.recipe is not None
@@ -112,7 +112,7 @@ def _write(found: "Recommendation", path: Path) -> None:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        raise ResourceError(f"{path} cannot be written ({error.strerror})", "choose another place") from None
+        raise unwritable(path, error) from None
 
 
 def _print(found: "Recommendation", written: Path | None) -> None:

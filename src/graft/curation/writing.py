@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from graft.errors import DataError, ResourceError, UsageError
+from graft.errors import DataError, UsageError
+from graft.files import unwritable
 
 KINDS = (".jsonl", ".csv", ".tsv")
 """Endings of files that are written, each also with .gz behind it."""
@@ -112,5 +113,4 @@ def _whole(path: Path) -> Iterator[IO[str]]:
             Path(name).unlink(missing_ok=True)
             raise
     except OSError as error:
-        what = f"{path} cannot be written ({error.strerror or error})"
-        raise ResourceError(what, "free space or choose another place") from None
+        raise unwritable(path, error) from None
