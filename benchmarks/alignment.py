@@ -13,15 +13,18 @@ import argparse
 import json
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
+
+from scipy.stats import t as student
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "docs" / "results" / "alignment.json"
 SAMPLES = 3
 LAST = 10
-"""Steps at the end of PPO whose mean distance is held against the target."""
+"""Drawings at the end of PPO whose mean distance is held against the target."""
 PARTS = ("rlhf", "warm", "dpo", "grpo")
 WARM = ["training.max_steps=40", "transfer=[]", "forgetting=[]"]
 
@@ -115,8 +118,7 @@ def measured(folder: Path, parts: list[str]) -> dict[str, Any]:
             found[name] = costs(folder / "rlhf" / name)
         recipe = Recipe.parse(_recipe(folder / "rlhf" / "ppo"), "ppo")
         found["ppo"] |= beside(recipe, folder / "rlhf" / "sft", folder / "rlhf" / "ppo")
-        distances = [value for _, value in found["ppo"]["curve"]["kl"] if value is not None]
-        found["ppo"] |= {"kl": sum(distances[-LAST:]) / LAST, "kl_target": recipe.objective.kl_target}
+        found["ppo"] |= distance(found["ppo"]["curve"]["kl"]) | {"kl_target": recipe.objective.kl_target}
     task = read_recipe(str(ROOT / "recipes" / "instruct.yaml"), WARM)
     for name in ("warm", "dpo", "grpo"):
         if name in parts:
@@ -126,6 +128,13 @@ def measured(folder: Path, parts: list[str]) -> dict[str, Any]:
             if name != "warm":
                 found[name] |= {"task": beside(task, folder / "warm", folder / name)}
     return found
+
+
+def distance(curve: list[tuple[int, float | None]]) -> dict[str, Any]:
+    """The mean KL of PPO's last drawings and its 95 % interval. A drawing stands at each step that learns from it."""
+    drawn = [value for value, _ in groupby(value for _, value in curve if value is not None)][-LAST:]
+    half = float(student.ppf(0.975, len(drawn) - 1)) * stdev(drawn) / len(drawn) ** 0.5
+    return {"kl": mean(drawn), "kl_interval": [mean(drawn) - half, mean(drawn) + half]}
 
 
 def _recipe(folder: Path) -> dict[str, Any]:

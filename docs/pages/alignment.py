@@ -118,7 +118,8 @@ def table() -> str:
     ppo = run["ppo"]
     lines += [
         "",
-        f"PPO's answers are {number(ppo['kl'], 1)} nats from the reference in the mean of its last ten steps; the target is {ppo['kl_target']:g}."
+        f"PPO's answers are {number(ppo['kl'], 1)} nats ({number(ppo['kl_interval'][0], 1)} to {number(ppo['kl_interval'][1], 1)}) from the reference"
+        f" in the mean of its last ten drawings; the target is {ppo['kl_target']:g}."
         f" Runs on the task start from {run['warm']['steps']} steps of supervised tuning, `ppo` from one epoch of it. Differences are paired over the"
         " same rows; in brackets 95 % intervals. A reward is counted in standard deviations of the reward model's test answers.",
         "",
