@@ -348,7 +348,7 @@ def test_ten_steps_on_the_starter_model(tmp_path):
     recipe = read_recipe(
         Path(__file__).parents[1] / "recipes" / "instruct.yaml",
         ["training.max_steps=10", "data.max_eval_samples=8", "data.max_train_samples=40", "forgetting=[]",
-         "transfer=[]", "training.eval_steps=10", "training.per_device_train_batch_size=4"],
+         "transfer=[]", "training.eval_steps=10", "training.per_device_train_batch_size=2"],
     )  # fmt: skip
     report = execute(recipe, tmp_path / "run")
     points = read_lines(tmp_path / "run" / "metrics.jsonl")
