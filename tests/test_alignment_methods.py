@@ -67,13 +67,13 @@ class Kept:
         rows = self.rows[objective]
         assert recipe.method is not None
         adapter = build_adapter(recipe, recipe.method, base, ())
-        recipe.objective.begin(base, adapter, rows)
         trainer = Trainer(
             base, adapter, recipe.objective, recipe.training, 1e-2, 1, make_accelerator("fp32"), pass_rows=4
         )  # fmt: skip
         guard = MovementGuard(base, adapter)
         before = {name: tensor.detach().clone() for name, tensor in adapter.trainable()}
         with trainer.ready() as optimizer:
+            recipe.objective.begin(base, adapter, rows)  # in training mode, as in a run
             chosen = trainer._collected(rows, 0)
             loss, norm = trainer.gradients(chosen)
             optimizer.step()

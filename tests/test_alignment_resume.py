@@ -166,9 +166,11 @@ RUN = """
 import json, sys
 from pathlib import Path
 import tiny_pairs
+import torch
 from graft.recipe import Recipe
 from graft.run import execute
 from graft.train import resume
+torch.set_num_threads(1)
 resume.Keeper.due = lambda keeper: keeper.folder is not None
 execute(Recipe.parse(json.loads(sys.argv[1])), Path(sys.argv[2]))
 """

@@ -16,7 +16,7 @@ from graft.methods import store
 from graft.methods.base import method_of
 from graft.model import Base
 from graft.parts.attach import detach
-from graft.parts.base import Adapter
+from graft.parts.base import Adapter, Part
 from graft.routing import Entry
 
 START = "start"
@@ -87,11 +87,14 @@ def require_reference(policy: Tensor, known: Tensor, place: str) -> None:
         )
 
 
-def without_dropout(*modules: nn.Module) -> None:
-    """Switch dropout off for good: two passes over the same rows have to give the same log-probabilities."""
+def as_evaluated(*modules: nn.Module) -> None:
+    """Switch off for good what only training does, dropout and attention in groups: log-probabilities of training have
+    to be those of a second pass, of the reference, and of the policy that writes."""
     for whole in modules:
         for module in whole.modules():
-            if isinstance(module, nn.Dropout):
+            if isinstance(module, Part):
+                module.cuts_rows = False
+            elif isinstance(module, nn.Dropout):
                 module.p = 0.0
             elif isinstance(vars(module).get("attention_dropout"), float):
                 module.attention_dropout = 0.0  # type: ignore[assignment]

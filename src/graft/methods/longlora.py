@@ -19,17 +19,16 @@ from graft.sites import Site
 
 
 class ShiftedGroups(Part):
-    """Shifted sparse attention in training, full attention otherwise.
+    """Shifted sparse attention in training, full attention otherwise and where `cuts_rows` is switched off.
 
     A row of S tokens is cut into groups of G that attend within themselves; for the second half of the heads the
     boundaries are G/2, 3G/2, …, with short groups at both ends. (Rolling the row by G/2, as the paper's code does,
     puts its first and last tokens into one group: a leak of the future.)
     """
 
-    cuts_rows: ClassVar[bool] = True
-
     def __init__(self, site: Site, group_size: int | None, ratio: float, first: bool) -> None:
         super().__init__()
+        self.cuts_rows = True
         self.kv_heads = site.kv_heads
         self.group_size = group_size
         self.ratio = ratio
@@ -38,7 +37,7 @@ class ShiftedGroups(Part):
     def attend(self, core: Core, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q [B, heads, S, d], k and v [B, kv_heads, S, d] -> [B, S, heads, d]."""
         length = q.shape[2]
-        if not self.training:
+        if not self.training or not self.cuts_rows:
             return core(q, k, v, mask)
         if k.shape[2] != length:
             raise RouteError(

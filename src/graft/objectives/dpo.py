@@ -14,13 +14,13 @@ from graft.alignment import losses
 from graft.alignment.logprobs import row_counts, row_sums
 from graft.alignment.pairs import Judged, Pair, Side, read_answers, sides
 from graft.alignment.reference import (
+    as_evaluated,
     is_simulated,
     reference,
     refuse_in_place,
     require_reference,
     start_from,
     starts_as_reference,
-    without_dropout,
 )
 from graft.data.batch import evaluation_batches
 from graft.data.dialogue import Graded, Preference
@@ -138,7 +138,7 @@ class Dpo(Templated):
             refuse_in_place(adapter, "a reference" if self.referenced else "`init`")
         if self.init is not None:
             start_from(self.init, base, adapter)
-        without_dropout(base.model, adapter)
+        as_evaluated(base.model, adapter)
 
     def begin(self, base: Base, adapter: Adapter, examples: Answers, say: Say = silent) -> None:
         """The policy has to be the reference exactly: margin 0, and for sigmoid a loss of ln 2."""

@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from graft.alignment.reference import (
+    as_evaluated,
     reference,
     refuse_in_place,
     require_reference,
     start_from,
     starts_as_reference,
-    without_dropout,
 )
 from graft.alignment.rewards import DEFAULT, Rewards, RewardSources, Said
 from graft.alignment.rollouts import Prompt, Rollout, draw, longest, packed, unpacked
@@ -112,7 +112,7 @@ class Online(Templated):
         refuse_in_place(adapter, "a reference")
         if self.init is not None:
             start_from(self.init, base, adapter)
-        without_dropout(base.model, adapter)
+        as_evaluated(base.model, adapter)
 
     def begin(self, base: Base, adapter: Adapter, examples: Sequence[Prompt], say: Say = silent) -> None:
         """Nothing is left of an earlier run, and the policy has to be the reference exactly."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from graft.alignment import losses
 from graft.alignment.pairs import Pair, Side, read_answers, sides
-from graft.alignment.reference import without_dropout
+from graft.alignment.reference import as_evaluated
 from graft.data.batch import evaluation_batches
 from graft.data.dialogue import Graded, Preference
 from graft.data.load import Unit
@@ -71,7 +71,7 @@ class Reward(Templated):
     def prepare(self, base: Base, adapter: Adapter, labels: tuple[str, ...]) -> None:
         """A head that gives one number from the answer's last token; no dropout."""
         adapter.head = TaskHead.for_base(base, ("reward",), "last", dropout=0.0)
-        without_dropout(base.model, adapter)
+        as_evaluated(base.model, adapter)
         for site, part in adapter.placed:
             if site.role == "head":  # the next token's scores are not used
                 part.requires_grad_(False)

@@ -50,7 +50,7 @@ class Part(nn.Module):
     pool_virtual: bool = False
     """Whether a pooler reads the first virtual token rather than the row's first own token."""
 
-    cuts_rows: ClassVar[bool] = False
+    cuts_rows: bool = False
     """Whether this part's attention is one of pieces of a row: it then comes after all others, and sees their keys."""
 
     reads_weight: ClassVar[bool] = False
