@@ -35,7 +35,7 @@ test: .venv/installed-dev check ## every check and test
 	@$(BIN)/graft assets pull
 	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults"
 
-test-faults: .venv/installed-dev ## the tests that take long: runs killed at random moments, every simulation, generated code (a quarter of an hour)
+test-faults: .venv/installed-dev ## the tests that take long: runs killed at random moments, every simulation, generated code (ten minutes)
 	@$(BIN)/pytest -m faults -s
 
 test-fast: .venv/installed-dev ## the tests of a few seconds each
