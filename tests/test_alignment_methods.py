@@ -76,6 +76,7 @@ class Kept:
             recipe.objective.begin(base, adapter, rows)  # in training mode, as in a run
             chosen = trainer._collected(rows, 0)
             loss, norm = trainer.gradients(chosen)
+            assert [name for name, tensor in adapter.trainable() if tensor.grad is None] == []
             optimizer.step()
         assert 0 < norm < 1e6
         assert abs(loss) < 1e6

@@ -17,6 +17,7 @@ from graft.files import sha256_of, write_json
 from graft.merge import NAME, Watch
 from graft.methods import store
 from graft.methods.base import Method, method_of
+from graft.methods.peft import load_peft
 from graft.model import Base, load_base, locate
 from graft.objectives.classify import LabelledExample, collate
 from graft.parts.attach import detach
@@ -129,8 +130,8 @@ def _by_peft(
 ) -> list[Tensor] | None:
     """The same from peft; None where it is not installed. `base` is of no use afterwards."""
     try:
-        from peft import PeftModel
-    except ImportError:
+        peft = load_peft()
+    except UsageError:
         return None
     if head is None:
         host: Any = base.model
@@ -143,7 +144,7 @@ def _by_peft(
         host.config.pad_token_id = base.tokenizer.pad_token_id if base.tokenizer is not None else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied embeddings and of deprecated names inside transformers
-        wrapped = PeftModel.from_pretrained(host, str(folder)).eval()
+        wrapped = peft.PeftModel.from_pretrained(host, str(folder)).eval()
     taken = getattr(wrapped.active_peft_config, "num_virtual_tokens", None) or 0
     if str(wrapped.active_peft_config.peft_type).endswith("PREFIX_TUNING"):
         taken = 0  # a prefix is keys and values, no position of the output

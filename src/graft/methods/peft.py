@@ -7,7 +7,7 @@ calls one of them. Nothing of the base is renamed, wrapped, copied or registered
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,7 @@ from graft.methods.folder import adapted_sites, base_path, check_peft_config, ch
 from graft.methods.linears import AtLinears
 from graft.model import Base
 from graft.parts.base import Adapter, Part, at_dtype_of
+from graft.quantize import require_bitsandbytes
 from graft.sites import Site
 
 _ADAPTER = "default"
@@ -225,7 +226,7 @@ class PeftBridge(AtLinears):
 
     def build(self, base: Base, name: str) -> Adapter:
         """peft's layers on a shell of the chosen sites; what they share stays in peft's model, `Adapter.shared`."""
-        peft = _peft()
+        peft = load_peft()
         order = {path: index for index, path in enumerate(base.modules_by_path)}
         # peft goes through modules in the order of the model, and some tuners share by it.
         sites = sorted(self.chosen(base), key=lambda site: order[site.path])
@@ -274,7 +275,7 @@ class PeftBridge(AtLinears):
         kind = config.get("peft_type")
         if not isinstance(kind, str) or kind in UNFIT or _own_method(kind) is not None:
             return kind == cls.peft_type
-        return kind in _peft().PEFT_TYPE_TO_CONFIG_MAPPING
+        return kind in load_peft().PEFT_TYPE_TO_CONFIG_MAPPING
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Base, source: str) -> Method:
@@ -316,15 +317,17 @@ class PeftBridge(AtLinears):
         }
         check_tensors(own, given, source)
         _check_integers(self.config["peft_type"], adapter, own, given, source)
-        _peft().set_peft_model_state_dict(_model(adapter), given)
+        load_peft().set_peft_model_state_dict(_model(adapter), given)
 
 
 _SITES = "base_model.model."
 """What stands before a site's path in the names of peft's tensors."""
 
 
-def _peft() -> Any:
-    """The installed peft. Imported late: it takes seconds, and most runs do without."""
+def load_peft() -> Any:
+    """The installed peft. Imported late: it takes seconds, and most runs do without. Raises `UsageError` without it."""
+    with suppress(UsageError):  # peft loads it too, and it would ask the hub for a kernel
+        require_bitsandbytes()
     try:
         import peft
     except ImportError as error:
@@ -339,7 +342,7 @@ def _own_method(kind: str) -> str | None:
 
 
 def _config_class(kind: str) -> Any:
-    known = {str(getattr(name, "value", name)): cls for name, cls in _peft().PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    known = {str(getattr(name, "value", name)): cls for name, cls in load_peft().PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if kind not in known:
         fitting = [name for name in known if name not in UNFIT and _own_method(name) is None]
         raise UsageError(f"config: the installed peft has no peft_type {kind!r}", nearest(kind, fitting))
@@ -348,7 +351,7 @@ def _config_class(kind: str) -> Any:
 
 def _prefix(kind: str) -> str:
     """What the names of a tuner's tensors start with, as `hada_`."""
-    return str(_peft().PEFT_TYPE_TO_TUNER_MAPPING[kind].prefix)
+    return str(load_peft().PEFT_TYPE_TO_TUNER_MAPPING[kind].prefix)
 
 
 def _check_pattern(key: str, value: Any) -> None:
@@ -396,7 +399,7 @@ def _model(adapter: Adapter) -> Any:
 
 def _state(adapter: Adapter) -> dict[str, Tensor]:
     """An adapter's tensors by peft's names, as it saves them."""
-    state = _peft().get_peft_model_state_dict(_model(adapter), save_embedding_layers=False)
+    state = load_peft().get_peft_model_state_dict(_model(adapter), save_embedding_layers=False)
     return {name: tensor.detach() for name, tensor in state.items()}
 
 

@@ -18,7 +18,7 @@ from graft.errors import DataError, UsageError
 from graft.model import Base
 from graft.objectives.base import Loss, Objective, Report, Result, Say, silent
 from graft.parts.base import Adapter
-from graft.parts.head import Pooling, TaskHead, scores
+from graft.parts.head import Pooling, TaskHead, hold_unused, scores
 from graft.routing import Entry, Route
 
 
@@ -86,15 +86,9 @@ class Classify(Objective):
         """
         head = TaskHead.for_base(base, labels, self.pooling, self.head_dropout)
         adapter.head = head
-        unused = {module for site in base.sites if site.role == "head" for module in site.leave.modules()}
-        if head.pooling != "pooler":
-            unused |= {module for path, module in base.modules_by_path.items() if "pooler" in path.split(".")}
+        poolers = {module for path, module in base.modules_by_path.items() if "pooler" in path.split(".")}
         before = _trainable(adapter)
-        used = {id(p) for site, part in adapter.placed if site.leave not in unused for p in part.parameters()}
-        for site, part in adapter.placed:
-            for parameter in part.parameters():
-                if site.leave in unused and id(parameter) not in used:  # a tied output head trains as embeddings
-                    parameter.requires_grad_(False)
+        hold_unused(base, adapter, poolers if head.pooling != "pooler" else ())
         if before and not _trainable(adapter):
             places = ", ".join(sorted({site.role for site, _ in adapter.placed}))
             raise UsageError(

@@ -21,7 +21,7 @@ from graft.objectives.base import Loss, Report, Result, Say, silent
 from graft.objectives.causal import collate
 from graft.objectives.templated import Templated
 from graft.parts.base import Adapter
-from graft.parts.head import TaskHead, scores
+from graft.parts.head import TaskHead, hold_unused, scores
 from graft.routing import Entry, Route
 
 
@@ -72,9 +72,7 @@ class Reward(Templated):
         """A head that gives one number from the answer's last token; no dropout."""
         adapter.head = TaskHead.for_base(base, ("reward",), "last", dropout=0.0)
         as_evaluated(base.model, adapter)
-        for site, part in adapter.placed:
-            if site.role == "head":  # the next token's scores are not used
-                part.requires_grad_(False)
+        hold_unused(base, adapter)
 
     def weight(self, examples: Sequence[Pair]) -> float:
         """The number of pairs."""

@@ -1,5 +1,6 @@
 """Task heads: what turns a row's hidden states into scores of labels. They belong to an adapter."""
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
@@ -123,3 +124,15 @@ def scores(base: Base, batch: dict[str, Tensor], entry: Entry | Route) -> Tensor
 def adapter_head(adapter: Adapter) -> TaskHead | None:
     """The adapter's head, if it has one."""
     return adapter.head if isinstance(adapter.head, TaskHead) else None
+
+
+def hold_unused(base: Base, adapter: Adapter, others: Collection[nn.Module] = ()) -> None:
+    """Let nothing train at the base's output head, which a task head stands in for, and at `others`: no gradient comes
+    there. What is also used elsewhere, as a tied output head is in the embeddings, trains on.
+    """
+    unused = {module for site in base.sites if site.role == "head" for module in site.leave.modules()} | set(others)
+    used = {id(value) for site, part in adapter.placed if site.leave not in unused for value in part.parameters()}
+    for site, part in adapter.placed:
+        for value in part.parameters() if site.leave in unused else ():
+            if id(value) not in used:
+                value.requires_grad_(False)
