@@ -122,7 +122,7 @@ RUNS = [
     Planted("C7", "an output that is a file", TRAIN, ("is a file, a run needs",), 2, _bytes("out", b"mine")),
     Planted("C7", "an output with other files", TRAIN, ("thesis.txt",), 2, _bytes("out/thesis.txt", b"mine")),
     Planted("C7", "an output that is the model", ("train", "{r}", "-o", "{m}"), ("holds other files",)),
-    Planted("C7", "an output below a file", ("train", "{r}", "-o", "{f}/train.jsonl/out"), ("Not a directory", "another place")),
+    Planted("C7", "an output below a file", ("train", "{r}", "-o", "{f}/train.jsonl/out"), ("Not a directory",)),
     Planted("C7", "a merge onto the model", ("merge", "{f}/run", "-o", "{m}"), ("is not empty",)),
     Planted("C7", "a merge onto a file", ("merge", "{f}/run", "-o", "{f}/train.jsonl"), ("is a file",)),
     Planted("C7", "an export onto other files",
