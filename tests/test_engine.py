@@ -463,7 +463,6 @@ def test_pausing_takes_the_compiled_layers_away_for_a_while(counted):
 
 def large_and_small(monkeypatch, able=True):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_fp16": able})
-    monkeypatch.setattr(fewrows, "_LARGE_SHARED", fewrows._LARGE)
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(512, 1500), torch.nn.Linear(1500, 8), torch.nn.Linear(8, 90_000, False))
 
